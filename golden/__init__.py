@@ -1,0 +1,1 @@
+"""Golden models in PyTorch and numpy: the float reference and the bit-exact functional level."""

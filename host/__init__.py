@@ -1,0 +1,1 @@
+"""Host software: importers, compiler, bundle, devices, runtime and command line."""

@@ -1,0 +1,19 @@
+"""Errors a user can cause. The command line prints each as one line, without a traceback."""
+
+__all__ = ["SkipopuError", "ModelError", "CompileError", "DeviceError"]
+
+
+class SkipopuError(ValueError):
+    """Base of all errors with a cause outside the program: what was expected, what came, what to do."""
+
+
+class ModelError(SkipopuError):
+    """A model file, its tokenizer or its chat template cannot be used."""
+
+
+class CompileError(SkipopuError):
+    """A sound model does not fit the chosen overlay configuration."""
+
+
+class DeviceError(SkipopuError):
+    """The accelerator is missing, does not answer, or stopped with a fault."""

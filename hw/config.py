@@ -1,0 +1,149 @@
+"""Overlay configurations: every size of the machine, named and checked once.
+
+Plain Python; hardware, golden model, compiler and drivers all read the same object.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+
+__all__ = ["ConfigError", "OverlayConfig", "PRESETS", "preset"]
+
+
+class ConfigError(ValueError):
+    """A configuration whose sizes do not fit together; the message names the relation that fails."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlayConfig:
+    """Capacities of one overlay. Nothing here is a property of a model.
+
+    All sizes are powers of two unless said otherwise.
+    """
+
+    name: str
+    lanes: int  #: K, elements of one dot product per cycle
+    columns: int  #: N, dot products per cycle
+    ports: int  #: P, memory ports (AXI4 masters)
+    port_bits: int  #: data width of a memory port
+    vector_lanes: int  #: V, FP32 lanes of the vector unit
+    tokens: int  #: rows of one chunk (prefill tokens processed together)
+    acc_rows: int  #: accumulator rows: tokens x query heads per KV head
+    abuf_rows: int  #: vector-wide FP32 rows of the activation buffer
+    mbuf_rows: int  #: lanes-wide rows of aligned mantissas
+    kvbuf_heads: int  #: KV heads x ceil(head_dim / lanes), capacity of one KV tile slot
+    kvout_rows: int  #: port-wide rows of new K and V waiting to be written
+    state_rows: int  #: softmax states: query heads x tokens (not necessarily a power of two)
+    fifo_beats: int  #: read FIFO beats per port
+    burst_beats: int  #: longest read or write burst
+    outstanding: int  #: read bursts in flight per port
+    address_bits: int = 40  #: byte address on a port
+    queue_depth: int = 8  #: instructions waiting per unit
+    cache_words: int = 256  #: instruction cache, 256-bit words
+    dsp: str = "generic"  #: multiplier target of the array
+
+    def __post_init__(self):
+        plain = {"name", "dsp", "state_rows", "address_bits"}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in plain:
+                continue
+            if not isinstance(value, int) or value < 1 or value & (value - 1):
+                raise ConfigError(f"{field.name} must be a power of two, not {value!r}")
+        relations = [
+            (self.port_bits in (32, 64, 128, 256, 512), f"port_bits must be 32..512, not {self.port_bits}"),
+            (self.columns >= 2 * self.lanes, "columns must be at least 2 x lanes (gate and up share a column tile)"),
+            (self.beat_elements <= self.lanes, "a port beat (port_bits / 16 elements) must not exceed lanes"),
+            (self.vector_lanes <= self.beat_elements, "vector_lanes must not exceed port_bits / 16"),
+            (self.vector_lanes >= 2, "vector_lanes must be at least 2 (a RoPE pair)"),
+            (self.ports <= self.lanes, "ports must not exceed lanes"),
+            (self.lanes * self.columns // 2 >= self.superbeat_bytes, "a tile must hold at least one superbeat"),
+            (self.superbeat_bytes >= 4 * self.vector_lanes, "a superbeat must hold at least one vector row"),
+            (self.lanes >= 8, "lanes must be at least 8"),
+            (self.burst_beats <= 256, "an AXI4 burst is at most 256 beats"),
+            (self.burst_beats * self.port_bits // 8 <= 4096, "a burst must fit in 4 KiB"),
+            (self.fifo_beats >= 2 * self.burst_beats, "fifo_beats must hold two bursts"),
+            (self.acc_rows >= self.tokens, "acc_rows must be at least tokens"),
+            (self.tile_tokens % self.ports == 0, "a KV tile must fill every port"),
+        ]
+        for holds, message in relations:
+            if not holds:
+                raise ConfigError(f"{self.name}: {message}")
+
+    @property
+    def block(self):
+        """Elements that share one exponent and one weight scale."""
+        return min(self.lanes, 32)
+
+    @property
+    def blocks(self):
+        """Blocks in a row of lanes."""
+        return self.lanes // self.block
+
+    @property
+    def beat_elements(self):
+        """E, FP16 elements in one port beat."""
+        return self.port_bits // 16
+
+    @property
+    def superbeat_bytes(self):
+        """W, bytes of one beat on every port: the most that memory delivers per cycle."""
+        return self.ports * self.port_bits // 8
+
+    @property
+    def tile_beats(self):
+        """Superbeats of one tile of 4-bit codes."""
+        return self.lanes * self.columns // 2 // self.superbeat_bytes
+
+    @property
+    def tile_tokens(self):
+        """Tokens of one KV tile: columns in QK^T, lanes in PV."""
+        return max(self.lanes, self.columns)
+
+    @property
+    def config_hash(self):
+        """First 32 bits of the SHA-256 of all sizes; readable from the hardware."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+
+    def scale_chunk(self, minimum):
+        """(superbeats, scale groups) of one scale chunk of the weight stream.
+
+        A scale group is what one tile needs: columns x blocks FP16 scales, followed by as many minima when
+        ``minimum``. A chunk holds as many whole groups as fit one superbeat, or one group over several.
+        """
+        group_bytes = self.columns * self.blocks * 2 * (2 if minimum else 1)
+        if group_bytes <= self.superbeat_bytes:
+            return 1, self.superbeat_bytes // group_bytes
+        return group_bytes // self.superbeat_bytes, 1
+
+
+PRESETS = {
+    config.name: config
+    for config in [
+        OverlayConfig(
+            name="tiny", lanes=8, columns=16, ports=2, port_bits=64, vector_lanes=4, tokens=4, acc_rows=16,
+            abuf_rows=4096, mbuf_rows=2048, kvbuf_heads=64, kvout_rows=1024, state_rows=128, fifo_beats=64,
+            burst_beats=16, outstanding=4, queue_depth=4, cache_words=64,
+        ),
+        OverlayConfig(
+            name="sim", lanes=32, columns=64, ports=8, port_bits=512, vector_lanes=16, tokens=16, acc_rows=64,
+            abuf_rows=8192, mbuf_rows=4096, kvbuf_heads=16, kvout_rows=512, state_rows=256, fifo_beats=256,
+            burst_beats=16, outstanding=16,
+        ),
+        OverlayConfig(
+            name="u280", lanes=64, columns=128, ports=32, port_bits=512, vector_lanes=32, tokens=32, acc_rows=128,
+            abuf_rows=16384, mbuf_rows=16384, kvbuf_heads=64, kvout_rows=16384, state_rows=1024, fifo_beats=128,
+            burst_beats=16, outstanding=32, cache_words=512,
+        ),
+    ]
+}
+
+
+def preset(name):
+    """The named configuration; ConfigError lists the known names."""
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise ConfigError(f"unknown configuration {name!r}; known: {', '.join(PRESETS)}") from None
