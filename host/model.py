@@ -30,6 +30,10 @@ LAYER_TENSORS = ("attn_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "dow
 NORMS = ("attn_norm", "mlp_norm", "final_norm")
 
 
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Geometry of a Llama-family model. Raises ModelError if a field or a relation between fields is impossible."""
@@ -56,7 +60,7 @@ class ModelConfig:
                 raise ModelError(f"model {key} must be a whole number from 1 to 2^31 - 1, not {value!r}")
         for key in ("rope_theta", "rms_eps"):
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+            if not _is_positive(value):
                 raise ModelError(f"model {key} must be a positive number, not {value!r}")
         if self.heads % self.kv_heads:
             raise ModelError(f"model kv_heads must divide the {self.heads} heads, not be {self.kv_heads}")
@@ -119,9 +123,9 @@ class QuantTensor:
         if self.codes.ndim != 2 or self.codes.shape[1] % GROUP:
             raise ModelError(f"{self.kind} codes must be [rows, a multiple of {GROUP}], not {list(self.codes.shape)}")
         groups = (self.codes.shape[0], self.codes.shape[1] // GROUP)
-        for part in (self.scale, self.minimum):
-            if part is not None and part.shape != groups:
-                raise ModelError(f"{self.kind} scale and minimum must be {list(groups)}, not {list(part.shape)}")
+        for array in (self.scale, self.minimum):
+            if array is not None and array.shape != groups:
+                raise ModelError(f"{self.kind} scale and minimum must be {list(groups)}, not {list(array.shape)}")
         low, high = CODE_RANGE[self.kind]
         if self.codes.size and not (self.codes.min() >= low and self.codes.max() <= high):
             raise ModelError(f"{self.kind} codes must be {low}..{high}, not {self.codes.min()}..{self.codes.max()}")
@@ -162,7 +166,7 @@ class Llama3Scaling:
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
+            if not _is_positive(value):
                 raise ModelError(f"llama3 rope scaling: {key} must be a positive number, not {value!r}")
         if self.high_freq_factor <= self.low_freq_factor:
             raise ModelError(f"llama3 rope scaling: high_freq_factor must be above low_freq_factor "
@@ -211,7 +215,7 @@ class Model:
 
     config: ModelConfig
     tensors: Mapping[str, QuantTensor]
-    rope_inv_freq: np.ndarray = field(default=None)  # type: ignore[assignment]
+    rope_inv_freq: np.ndarray = field(default=None)  # type: ignore[arg-type]
     tokenizer: Tokenizer | None = None
     chat: ChatTemplate | None = None
     identity: str = ""
@@ -233,7 +237,8 @@ class Model:
             object.__setattr__(self, "rope_inv_freq", rope_inv_freq(self.config))
         freq, half = self.rope_inv_freq, self.config.head_dim // 2
         if freq.dtype != np.float32 or freq.shape != (half,) or not (np.isfinite(freq).all() and (freq > 0).all()):
-            raise ModelError(f"rope_inv_freq must be {half} positive float32 numbers, not {freq.dtype} {list(freq.shape)}")
+            raise ModelError(f"rope_inv_freq must be {half} positive float32 numbers, "
+                             f"not {freq.dtype} {list(freq.shape)}")
 
     @property
     def head(self) -> QuantTensor:
