@@ -10,6 +10,8 @@ so that control resolves registers and hazards without knowing the opcode:
 
 Vector instructions walk the loops ``for h < heads: for n: for g < groups: for t < rows: for c`` with
 ``beat = n * columns / V + c < beats``; ``off = t * row_stride + g * group_stride + h * head_stride + beat``.
+All of their addresses and strides count vector beats (V elements), in MBUF and KVOUT too: beat b of MBUF is row
+b div (lanes / V), beat b of KVOUT is row b div (beat_elements / V). MATMUL counts rows of MBUF.
 """
 
 from dataclasses import dataclass, field
@@ -274,7 +276,7 @@ INSTRUCTIONS = (
     _vector("vscale", 0x38, "Scale rows of the activation buffer and align them.", "mbuf[dst+off] = align(abuf[src+off]*s)"),
     _vector("vlogits", 0x39, "Scale, remember the largest, send to the store unit.",
             "v = stream*s; argmax over indices < imm in the last row (lowest index wins); store_stream <- v",
-            imm="number of logits that count"),
+            imm="number of logits that count", x="first row of the row scale: row t takes the scale of row x + t"),
 
     Instruction("storekv", 0x40, Unit.STORE, "Write new KV records to memory.",
                 "for t < rows: position = x + t; port = position mod P; "
@@ -282,7 +284,7 @@ INSTRUCTIONS = (
                 {"imm": "superbeat address", "rows": "tokens", "x": "position of the first token"},
                 _place([Field("record", 16, "port beats of one record")], BODY)),
     Instruction("storel", 0x41, Unit.STORE, "Write logits to memory.",
-                "for i < rows*count: memory[imm + i] = superbeat of store_stream",
+                "for i < rows*count: memory[imm + i] = superbeat of store_stream (rows of vlogits packed without gaps)",
                 {"imm": "superbeat address", "rows": "rows"}, _place([Field("count", 24, "superbeats per row")], BODY)),
 )
 
