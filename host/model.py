@@ -27,6 +27,7 @@ GROUP = 32  # consecutive input features that share one scale, as in GGUF's Q4_0
 CODE_RANGE = {"q8_0": (-128, 127), "q4_0": (-8, 7), "q4_1": (0, 15)}
 KINDS = ("f32", "f16", *CODE_RANGE)
 LAYER_TENSORS = ("attn_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down")
+MAX_LAYERS = 1024  # far above any Llama; keeps a damaged file from asking for a billion tensors
 NORMS = ("attn_norm", "mlp_norm", "final_norm")
 
 
@@ -55,9 +56,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for key in ("layers", "hidden", "heads", "kv_heads", "head_dim", "mlp", "vocab", "context"):
-            value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 31:
-                raise ModelError(f"model {key} must be a whole number from 1 to 2^31 - 1, not {value!r}")
+            value, most = getattr(self, key), MAX_LAYERS if key == "layers" else (1 << 31) - 1
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise ModelError(f"model {key} must be a whole number from 1 to {most}, not {value!r}")
         for key in ("rope_theta", "rms_eps"):
             value = getattr(self, key)
             if not _is_positive(value):
