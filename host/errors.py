@@ -1,6 +1,6 @@
 """Errors a user can cause. The command line prints each as one line, without a traceback."""
 
-__all__ = ["SkipopuError", "ModelError", "CompileError", "DeviceError"]
+__all__ = ["SkipopuError", "ModelError", "CompileError", "CapacityError", "BundleError", "DeviceError"]
 
 
 class SkipopuError(ValueError):
@@ -13,6 +13,14 @@ class ModelError(SkipopuError):
 
 class CompileError(SkipopuError):
     """A sound model does not fit the chosen overlay configuration."""
+
+
+class CapacityError(CompileError):
+    """A buffer or field of the configuration is too small: which one, what is needed, which preset would do."""
+
+
+class BundleError(SkipopuError):
+    """A compiled file is damaged, of another format version, or made for another configuration."""
 
 
 class DeviceError(SkipopuError):

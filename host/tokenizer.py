@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from .errors import ModelError
@@ -119,7 +119,7 @@ class Tokenizer:
         self._backend.encode_special_tokens = not special
         try:
             tokens = self._backend.encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError:
+        except (UnicodeEncodeError, TypeError):  # the library calls such a string no string
             raise ModelError("the text holds a lone surrogate and is not valid Unicode") from None
         prefix = [self.bos_id] if (self.add_bos if bos is None else bos) and self.bos_id is not None else []
         return prefix if not tokens else tokens if tokens[:1] == prefix else prefix + tokens
@@ -132,6 +132,10 @@ class Tokenizer:
     def stream(self, *, skip_special: bool = True) -> StreamDecoder:
         """A decoder for tokens that come one at a time."""
         return StreamDecoder(self, skip_special)
+
+    def save(self, path: str | Path) -> None:
+        """Write the tokenizer in Hugging Face's ``tokenizer.json`` form, which ``from_folder`` reads."""
+        self._backend.save(str(path))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -158,6 +162,8 @@ class Tokenizer:
             backend.add_tokens([AddedToken(token, special=is_special, normalized=False)
                                 for token, its in zip(tokens, types, strict=True) if its == type_id and token])
         bos = metadata.get("tokenizer.ggml.bos_token_id")
+        if bos is not None and (not isinstance(bos, int) or not 0 <= bos < len(tokens)):
+            raise ModelError(f"metadata bos_token_id must be a token from 0 to {len(tokens) - 1}, not {bos!r}")
         return cls(backend, byte_level=kind == "gpt2", strip_space=strip_space, bos_id=bos,
                    add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos)))
 
@@ -224,6 +230,7 @@ def _byte_level_backend(metadata: Mapping[str, Any], tokens: list[str], pre: Any
     vocab = {token: index for index, token in enumerate(tokens)}
     backend = Backend(_bpe(vocab, merges, ignore_merges=pre == "llama-bpe"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
+    backend.decoder = decoders.ByteLevel()  # not used here, but part of what ``save`` writes
     return backend
 
 
