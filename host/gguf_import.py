@@ -32,6 +32,8 @@ def load_gguf(path: str | Path) -> Model:
         return _build(file)
     except ModelError as error:
         raise ModelError(f"{file.path}: {error}") from None
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # a metadata value of an unforeseen type
+        raise ModelError(f"{file.path}: metadata is damaged ({type(error).__name__}: {error})") from error
 
 
 def _build(file: GgufFile) -> Model:
@@ -101,7 +103,7 @@ def _config(file: GgufFile) -> ModelConfig:
         mlp=_number(file, "feed_forward_length"), vocab=embedding.shape[0], context=context,
         rope_theta=_number(file, "rope.freq_base", 10000.0), rms_eps=_number(file, "attention.layer_norm_rms_epsilon"),
         tied_head="output.weight" not in file.tensors, bos_id=bos,
-        eos_ids=tuple(dict.fromkeys(token for token in eos if token is not None)),
+        eos_ids=tuple(token for at, token in enumerate(eos) if token is not None and token not in eos[:at]),
         name=str(metadata.get("general.name") or file.path.stem))
 
 

@@ -100,6 +100,8 @@ def _config(raw: dict[str, Any], folder: Path) -> tuple[ModelConfig, np.ndarray]
         tied_head=raw.get("tie_word_embeddings", False) is True,
         bos_id=raw.get("bos_token_id"), eos_ids=tuple(eos_list),
         name=str(raw.get("_name_or_path") or folder.resolve().name))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError(f"config.json: partial_rotary_factor must be 1.0, not {rope['partial_rotary_factor']!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return config, rope_inv_freq(config)

@@ -234,6 +234,9 @@ class Model:
                 raise ModelError(f"tensor {name}: shape must be {list(shape)}, not {list(tensor.shape)}")
             if name.rpartition(".")[2] in NORMS and tensor.kind != "f32":
                 raise ModelError(f"tensor {name}: a norm must be f32, not {tensor.kind}")
+        if self.tokenizer is not None and self.tokenizer.vocab > self.config.vocab:
+            raise ModelError(f"model {self.config.name}: the tokenizer has {self.tokenizer.vocab} tokens, but the "
+                             f"embedding only {self.config.vocab} rows")
         if self.rope_inv_freq is None:
             object.__setattr__(self, "rope_inv_freq", rope_inv_freq(self.config))
         freq, half = self.rope_inv_freq, self.config.head_dim // 2

@@ -223,21 +223,21 @@ def _bpe(*arguments: Any, **options: Any) -> models.BPE:
 
 
 def _byte_level_backend(metadata: Mapping[str, Any], tokens: list[str], pre: Any) -> Backend:
-    if pre not in PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise ModelError(f"pre-tokenizer {pre!r} is not supported; supported: {', '.join(PRE_TOKENIZERS)}")
     merges = [(merge[:1] + left, right) for merge in _strings(metadata, "tokenizer.ggml.merges")
               for left, _, right in [merge[1:].partition(" ")]]
     vocab = {token: index for index, token in enumerate(tokens)}
     backend = Backend(_bpe(vocab, merges, ignore_merges=pre == "llama-bpe"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
-    backend.decoder = decoders.ByteLevel()  # not used here, but part of what ``save`` writes
+    backend.decoder = decoders.ByteLevel()  # for ``save``: it tells readers the kind
     return backend
 
 
 def _sentencepiece_backend(metadata: Mapping[str, Any], tokens: list[str], types: list[int], prefix: bool) -> Backend:
     """SentencePiece merges the neighbours whose union scores highest: BPE, with the merges ranked by that score."""
     scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
+    if not isinstance(scores, list) or len(scores) != len(tokens) or not isinstance(scores[0], float):
         raise ModelError(f"metadata tokenizer.ggml.scores must list {len(tokens)} scores, one per token")
     normal = {token for token, its_type in zip(tokens, types, strict=True) if its_type == NORMAL}
     merges = [(-scores[index], index, token[:cut], token[cut:])
@@ -249,4 +249,6 @@ def _sentencepiece_backend(metadata: Mapping[str, Any], tokens: list[str], types
                            unk_token=unknown, fuse_unk=True, byte_fallback=BYTE in types))
     space = normalizers.Replace(" ", SPACE)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), space]) if prefix else space
+    backend.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),
+                                         *([decoders.Strip(" ", 1, 0)] if prefix else [])])
     return backend

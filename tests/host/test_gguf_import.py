@@ -102,6 +102,8 @@ KEY_ROWS = "blk.0.attn_k.weight"
     ({"metadata": {"llama.expert_count": 8}}, "expert_count must be 0, not 8"),
     ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "rope scaling 'yarn' is not supported; supported: none"),
     ({"metadata": {"tokenizer.ggml.model": "t5"}}, "metadata tokenizer.ggml.tokens must be a list of strings"),
+    ({"metadata": {"general.name": "x", "tokenizer.ggml.eos_token_id": "x"}}, "eos_ids must be a token .* not 'x'"),
+    ({"metadata": {"llama.context_length": 0.5}}, "context must be a whole number from 1 to 2147483647, not 0.5"),
     ({"drop": [KEY_ROWS]}, "1 tensors are missing, first 'layers.0.k'"),
     ({"drop": ["token_embd.weight"]}, "token_embd.weight .* is missing"),
     ({"tensors": {"blk.0.attn_q.bias": (np.zeros(64, np.float32), F32)}}, "attn_q.bias is not part of a plain Llama"),

@@ -120,6 +120,7 @@ def test_rope_parameters_of_both_generations(tmp_path):
     ({"config": {"quantization_config": {"quant_method": "awq"}}}, "quantization_config must be None, not .*awq"),
     ({"config": {"rope_scaling": {"rope_type": "yarn"}}}, "'yarn' is not supported; supported: default, llama3"),
     ({"config": {"rope_scaling": {"rope_type": "llama3"}}}, "factor must be a positive number, not None"),
+    ({"config": {"rope_parameters": {"partial_rotary_factor": 0.5}}}, "partial_rotary_factor must be 1.0, not 0.5"),
     ({"config": {"rope_scaling": 8}}, "the rope parameters must be an object, not 8"),
     ({"config": {"eos_token_id": 96}}, "eos_ids must be a token from 0 to 95, not 96"),
     ({"tensors": {UP: None}}, "1 tensors are missing, first 'layers.1.up'"),

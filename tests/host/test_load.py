@@ -1,5 +1,7 @@
 """Finding a model by name, file or folder."""
 
+import dataclasses
+
 import pytest
 from skipopu.golden.random_model import random_model, write_gguf
 from skipopu.host import load
@@ -22,6 +24,12 @@ def test_smollm2_is_found_in_its_wheel():
     assert model.head.kind == "q8_0"
     assert model.tokenizer.vocab == 49152
     assert len(model.identity) == 64
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused():
+    tokenizer, model = load_model("smollm2").tokenizer, random_model(0)
+    with pytest.raises(ModelError, match="the tokenizer has 49152 tokens, but the embedding only 96 rows"):
+        dataclasses.replace(model, tokenizer=tokenizer)
 
 
 def test_a_file_is_known_by_its_content(tmp_path):

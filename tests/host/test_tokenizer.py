@@ -170,6 +170,23 @@ def test_sentencepiece_starts_with_its_marker_and_streams_bytes():
     assert plain.decode(plain.encode(" a")) == " a" and plain.encode("ü") == [3 + 0xC3, 3 + 0xBC]
 
 
+def test_a_sentencepiece_folder_keeps_its_space_and_marker(tmp_path):
+    original = Tokenizer.from_gguf(sentencepiece_metadata())
+    original.save(tmp_path / "tokenizer.json")
+    description = json.loads(tmp_path.joinpath("tokenizer.json").read_text())
+    description["post_processor"] = {
+        "type": "TemplateProcessing", "pair": [],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}
+    tmp_path.joinpath("tokenizer.json").write_text(json.dumps(description))
+    tmp_path.joinpath("tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.add_bos) == (1, True)
+    for text in "a b", "cab ü  a":
+        assert tokenizer.encode(text) == original.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_llama3_split_keeps_three_digits_together():
     letters = [chr(33 + index) for index in range(94)] + ["Ġ"]
     merges = ["1 2", "12 3", "123 4", "Ġ a", "a b"]
