@@ -52,6 +52,7 @@ from cocotb.triggers import Event, RisingEdge
 from cocotb.types import Logic
 from cocotb.utils import get_sim_time
 from cocotb_tools.runner import get_runner
+from skipopu.sim.build import cache_root
 from skipopu.sim.toolchain import find_toolchain
 
 __all__ = ["CLOCK_NS", "BenchFailure", "Stall", "StreamSink", "StreamSource", "Watch", "bench", "bench_parameters",
@@ -164,7 +165,8 @@ def _build(component: wiring.Component, *, trace: bool) -> Path:
 
     flags = json.dumps([tools.identity, verilate, make])
     source = rtlil.convert(component, name=_TOP, emit_src=False)  # far quicker than the Verilog, which needs Yosys
-    cache = _cache_root() / "bench"
+    cache = cache_root() / "bench"
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)  # its files are run as programs
     program = cache / _digest(flags, source)
     runtime = cache / f"runtime-{_digest(flags)}"
     with _locked(cache / f"{program.name}.lock"):
@@ -197,18 +199,12 @@ def _build(component: wiring.Component, *, trace: bool) -> Path:
     return program
 
 
-def _cache_root() -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("SKIPOPU_CACHE") or base / "skipopu")
-
-
 def _digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:24]
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
