@@ -14,7 +14,7 @@ to run on it. The simulator imports the same file and runs those coroutines, whi
     def test_keeps_order():
         run_bench(StreamRegister(8), keeps_order)
 
-All benches of one ``run_bench`` share one simulator process (about half a second to start), one after the other;
+All benches of one ``run_bench`` share one simulator process (about a second to start), one after the other;
 memories and registers without reset keep what the bench before left. Builds are cached by their RTLIL text and the
 tools, under ``$SKIPOPU_CACHE`` (default ``$XDG_CACHE_HOME/skipopu``), and are safe to share between processes.
 
