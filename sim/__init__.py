@@ -1,0 +1,1 @@
+"""Simulation of the RTL: native Verilator harness, memory models, interactive stepping."""

@@ -141,7 +141,6 @@ public:
     void reset() {
         reads_.clear(), writes_.clear(), responses_.clear();
         r_presented_ = b_presented_ = ar_held_ = aw_held_ = w_held_ = false;
-        write_beat_ = 0;
         *r_.ar.ready = *r_.valid = 0;
         if constexpr (WRITES) *w_.aw.ready = *w_.ready = *w_.response_valid = 0;
     }

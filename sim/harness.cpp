@@ -3,8 +3,7 @@
 // Every output of the design is a function of its registers. So the outputs read before an edge are the ones that take
 // part in it, and one evaluation with the clock high and one with the clock low make a cycle.
 //
-// Set by native.py: PORTS, PORT_BITS, PORT_LIST = PORT(0) PORT(1) ..., and TRACE in the build with waveforms;
-// CLOCK_HISTORY is Verilator's member that remembers the clock's last level.
+// Set by native.py: PORTS, PORT_BITS, PORT_LIST = PORT(0) PORT(1) ..., and TRACE in the build with waveforms.
 #include <memory>
 #include <stdexcept>
 
@@ -13,9 +12,6 @@
 #include "verilated.h"
 #ifdef TRACE
 #include "verilated_fst_c.h"
-#endif
-#ifdef CLOCK_HISTORY
-#include "Vtop___024root.h"
 #endif
 
 #define API extern "C" __attribute__((visibility("default")))
@@ -150,12 +146,7 @@ private:
         dump(0);
 #endif
         top_->clk = 0;
-#ifdef CLOCK_HISTORY
-        // Nothing in the design reacts to the falling edge: recording that it happened saves the second evaluation.
-        top_->rootp->CLOCK_HISTORY = 0;
-#else
         top_->eval();
-#endif
 #ifdef TRACE
         dump(1);
 #endif
