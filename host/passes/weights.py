@@ -1,0 +1,133 @@
+"""Lower linear layers to what the array multiplies: padded codes with one scale per block.
+
+Requires tensors of `Model`; guarantees mode, shapes and block scales that `layout.pack_weights` takes. Values change
+only where a note says so: float tensors become q8_0, and a tensor whose groups of 32 straddle a padded head is
+requantised to q8_0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from skipopu.hw.config import OverlayConfig
+from skipopu.hw.isa import MatmulMode
+
+from ..layout import interleave_gate_up, pad_to
+from ..model import GROUP, QuantTensor
+from ..quantise import quantise
+
+__all__ = ["Linear", "Padding", "interleave", "lower_linear", "same_kind"]
+
+MODES = {"q8_0": MatmulMode.W8, "q4_0": MatmulMode.W4, "q4_1": MatmulMode.W4M}
+
+
+@dataclass(frozen=True)
+class Padding:
+    """``count`` segments of ``size`` features, each padded with zeros to ``padded``."""
+
+    count: int
+    size: int
+    padded: int
+
+    def index(self) -> np.ndarray:
+        """Source feature of each padded feature, -1 for a padding zero: int64 [count * padded]."""
+        where = np.full((self.count, self.padded), -1)
+        where[:, : self.size] = np.arange(self.count * self.size).reshape(self.count, self.size)
+        return where.reshape(-1)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.size == self.padded
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """One matmul's weights: codes int8 [rows, cols], scale and minimum float16 [rows, cols / block]."""
+
+    mode: MatmulMode
+    codes: np.ndarray
+    scale: np.ndarray
+    minimum: np.ndarray | None = None
+
+
+def _take(array: np.ndarray, index: np.ndarray, axis: int) -> np.ndarray:
+    """``array`` taken at ``index`` along ``axis``, zeros where the index is -1."""
+    if len(index) == array.shape[axis] and (index == np.arange(len(index))).all():
+        return array
+    taken = np.take(array, np.maximum(index, 0), axis=axis)
+    taken[(slice(None),) * axis + (index < 0,)] = 0
+    return taken
+
+
+def _block_groups(padding: Padding, block: int) -> np.ndarray | None:
+    """The group of 32 source features each block of padded features takes its scale from, -1 for an all-zero block.
+
+    None if some block would need the scales of two groups.
+    """
+    index = padding.index().reshape(-1, block)
+    group = np.where(index < 0, -1, index // GROUP)
+    first = group.max(axis=1)
+    return first if ((group == first[:, None]) | (group < 0)).all() else None
+
+
+def lower_linear(config: OverlayConfig, name: str, tensor: QuantTensor, rows: Padding, cols: Padding,
+                 notes: list[str]) -> Linear:
+    """Pad a linear tensor and give each block its scale; appends to ``notes`` what was requantised.
+
+    rows, cols : how output and input features are padded; ``cols`` to whole lanes
+    """
+    groups = _block_groups(cols, config.block)
+    if tensor.codes is None or groups is None:
+        reason = "is " + tensor.kind if tensor.codes is None else f"({tensor.kind}) has groups across padded heads"
+        notes.append(f"{name} {reason}: quantised to q8_0")
+        values = _take(_take(tensor.dequantise(), cols.index(), 1), rows.index(), 0)
+        width = values.shape[1]
+        values = np.pad(values, ((0, 0), (0, pad_to(width, GROUP) - width)))
+        tensor = quantise(values, "q8_0")
+        assert tensor.codes is not None and tensor.scale is not None
+        scale = np.repeat(tensor.scale, GROUP // config.block, axis=1)[:, : width // config.block]
+        return Linear(MatmulMode.W8, tensor.codes[:, :width], scale)
+    parts = [tensor.codes, tensor.scale, tensor.minimum]
+    indices = [cols.index(), groups, groups]
+    lowered = [part if part is None else _take(_take(part, index, 1), rows.index(), 0)
+               for part, index in zip(parts, indices)]
+    return Linear(MODES[tensor.kind], *lowered)  # type: ignore[arg-type]
+
+
+def same_kind(first: QuantTensor, second: QuantTensor, name: str, notes: list[str]) -> list[QuantTensor]:
+    """The two tensors in kinds of one mode, so that they can share a matmul: exact where the wider kind holds the other.
+
+    Float tensors stay as they are, since `lower_linear` makes them q8_0.
+    """
+    kinds = {first.kind, second.kind}
+    if len(kinds) == 1:
+        return [first, second]
+    if kinds == {"q4_0", "q4_1"} and all(np.abs(item.scale).max() <= 65504 / 8 for item in (first, second)):
+        return [_as_q4_1(item) for item in (first, second)]
+    lowered = []
+    for item in (first, second):
+        if item.kind == "q4_0":
+            item = QuantTensor("q8_0", codes=item.codes, scale=item.scale)
+        elif item.kind == "q4_1":
+            notes.append(f"{name}: kinds {first.kind} and {second.kind} share a matmul: q4_1 quantised to q8_0")
+            item = quantise(item.dequantise(), "q8_0")
+        lowered.append(item)
+    return lowered
+
+
+def _as_q4_1(tensor: QuantTensor) -> QuantTensor:
+    """q4_0 as q4_1 with minimum -8 * scale: exact, a power of two."""
+    if tensor.kind == "q4_1":
+        return tensor
+    assert tensor.codes is not None and tensor.scale is not None
+    return QuantTensor("q4_1", codes=tensor.codes + np.int8(8), scale=tensor.scale, minimum=tensor.scale * np.float16(-8))
+
+
+def interleave(config: OverlayConfig, gate: Linear, up: Linear) -> Linear:
+    """One matmul of gate and up, in alternate vector beats. Both have the same mode and shape."""
+    minimum = None
+    if gate.minimum is not None and up.minimum is not None:
+        minimum = interleave_gate_up(config, gate.minimum, up.minimum)
+    return Linear(gate.mode, interleave_gate_up(config, gate.codes, up.codes),
+                  interleave_gate_up(config, gate.scale, up.scale), minimum)

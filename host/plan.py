@@ -1,0 +1,186 @@
+"""Fit a model to a configuration: padded sizes, the chunk length, and where everything lies on chip.
+
+A `Plan` is made once per (model, configuration, context); the compiler writes instructions from its numbers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from skipopu.hw.config import PRESETS, OverlayConfig
+from skipopu.hw.isa import COMMON, INSTRUCTIONS
+
+from .errors import CapacityError, CompileError
+from .layout import ceil_div, kv_tile_superbeats, pad_to, record_beats, row_superbeats
+from .model import ModelConfig
+
+__all__ = ["DEFAULT_CONTEXT", "Plan", "make_plan"]
+
+DEFAULT_CONTEXT = 2048
+_INNER_LIMIT = (1 << 16) - 1  # inner size of a matmul for which 48 accumulator bits are enough
+_FIELDS = {item.mnemonic: item.fields for item in INSTRUCTIONS}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of one model on one configuration. ABUF addresses and all strides are in vector beats, MBUF ones in rows.
+
+    chunk : rows processed together at most; context : positions the KV region holds
+    """
+
+    config: OverlayConfig
+    model: ModelConfig
+    context: int
+    chunk: int
+
+    # padded sizes, elements
+    @property
+    def hidden(self) -> int:
+        return pad_to(self.model.hidden, self.config.lanes)
+
+    @property
+    def mlp(self) -> int:
+        return pad_to(self.model.mlp, self.config.lanes)
+
+    @property
+    def head_dim(self) -> int:
+        return pad_to(self.model.head_dim, self.config.lanes)
+
+    @property
+    def q_width(self) -> int:
+        return self.model.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.model.kv_heads * self.head_dim
+
+    @property
+    def logits_width(self) -> int:
+        """Logits delivered per row: the vocabulary padded to whole superbeats of FP32."""
+        return pad_to(self.model.vocab, self.config.superbeat_bytes // 4)
+
+    @property
+    def groups(self) -> int:
+        """Query heads per KV head."""
+        return self.model.heads // self.model.kv_heads
+
+    @property
+    def record(self) -> int:
+        """Port beats of one KV record."""
+        return record_beats(self.config, self.model.kv_heads, self.model.head_dim)
+
+    @property
+    def tile_superbeats(self) -> int:
+        """Superbeats of one KV tile."""
+        return kv_tile_superbeats(self.config, self.record)
+
+    @property
+    def context_tiles(self) -> int:
+        """KV tiles that hold the context."""
+        return ceil_div(self.context, self.config.tile_tokens)
+
+    def beats(self, elements: int) -> int:
+        """Vector beats of that many elements (a multiple of vector_lanes)."""
+        return elements // self.config.vector_lanes
+
+    def rows(self, elements: int) -> int:
+        """MBUF rows of that many elements (a multiple of lanes)."""
+        return elements // self.config.lanes
+
+    def abuf(self) -> dict[str, int]:
+        """Sizes of the regions of the activation buffer, in order."""
+        tile = self.config.tile_tokens
+        return {
+            "x": self.chunk * self.beats(self.hidden),
+            "scores": self.model.heads * self.chunk * self.beats(tile),
+            "out": self.chunk * self.beats(self.q_width),
+            "gain0": self.beats(self.hidden),
+            "gain1": self.beats(self.hidden),
+            "rope": self.chunk * 4 * self.beats(self.head_dim),
+        }
+
+    def mbuf(self) -> dict[str, int]:
+        """Sizes of the regions of the mantissa buffer, in order."""
+        return {
+            "mx": self.chunk * self.rows(self.hidden),
+            "mq": self.chunk * self.rows(self.q_width),
+            "mp": self.model.heads * self.chunk * self.rows(self.config.tile_tokens),
+            "mo": self.chunk * self.rows(self.q_width),
+            "mh": self.chunk * self.rows(self.mlp),
+        }
+
+    def addresses(self) -> dict[str, int]:
+        """First row of every region of both buffers."""
+        found = {}
+        for sizes in (self.abuf(), self.mbuf()):
+            top = 0
+            for name, size in sizes.items():
+                found[name] = top
+                top += size
+        return found
+
+    def requirements(self) -> Iterator[tuple[str, int, int]]:
+        """(limit, needed, available) of everything that can be too small."""
+        config, model = self.config, self.model
+        yield "acc_rows (tokens x query heads per KV head)", self.chunk * self.groups, config.acc_rows
+        yield "state_rows (query heads x tokens)", (model.heads - 1) * config.tokens + self.chunk, config.state_rows
+        yield "kvbuf_heads (KV heads x head_dim / lanes)", self.rows(self.kv_width), config.kvbuf_heads
+        yield "kvout_rows (new K and V)", self.chunk * self.record, config.kvout_rows
+        yield "abuf_rows (activation buffer)", sum(self.abuf().values()), config.abuf_rows
+        yield "mbuf_rows (mantissa buffer)", sum(self.mbuf().values()), config.mbuf_rows
+        yield "inner size of a matmul", max(self.hidden, self.q_width, self.mlp), _INNER_LIMIT
+        yield "positions (instruction field x)", self.context, COMMON["x"].maximum + 1
+        loadkv, matmul, vector = _FIELDS["loadkv"], _FIELDS["matmul"], _FIELDS["vscore"]
+        longest = max(self.q_width, self.hidden, 2 * self.mlp, self.logits_width)
+        for name, needed, field in [
+            ("loadkv.heads", model.kv_heads, loadkv["heads"]),
+            ("loadkv.head_beats", self.head_dim // config.beat_elements, loadkv["head_beats"]),
+            ("loadkv.record", self.record, loadkv["record"]),
+            ("matmul.groups", self.groups, matmul["groups"]),
+            ("matmul.n_tiles", ceil_div(longest, config.columns), matmul["n_tiles"]),
+            ("matmul.k_tiles", self.rows(max(self.hidden, self.q_width, self.mlp)), matmul["k_tiles"]),
+            ("matmul.head_stride", self.groups * self.chunk * self.rows(config.tile_tokens), matmul["head_stride"]),
+            ("vector beats", self.beats(longest), vector["beats"]),
+            ("vector row_stride", self.beats(max(self.q_width, self.hidden, self.mlp)), vector["row_stride"]),
+            ("vector group_stride", self.chunk * self.beats(config.tile_tokens), vector["group_stride"]),
+            ("vector head_stride", self.groups * self.chunk * self.beats(config.tile_tokens), vector["head_stride"]),
+            ("vector table_stride", 4 * self.beats(self.head_dim), vector["table_stride"]),
+            ("muli factor (superbeats of an embedding row)", row_superbeats(config, self.hidden), COMMON["x"]),
+        ]:
+            yield name, needed, field.maximum
+
+
+def _shortage(plan: Plan) -> tuple[str, int, int] | None:
+    return next((item for item in plan.requirements() if item[1] > item[2]), None)
+
+
+def _largest(config: OverlayConfig, model: ModelConfig, context: int) -> Plan:
+    """The plan with the longest chunk that fits; if none fits, the plan for one row."""
+    plans = (Plan(config, model, context, chunk) for chunk in range(config.tokens, 0, -1))
+    plan = next(plans)
+    for plan in (plan, *plans):
+        if _shortage(plan) is None:
+            break
+    return plan
+
+
+def make_plan(config: OverlayConfig, model: ModelConfig, context: int | None = None) -> Plan:
+    """The plan with the longest chunk that fits the configuration.
+
+    context : positions to provide for, 1..model.context; by default the model's, but at most 2048
+    Raises CompileError for a context outside the model's, CapacityError if not even one row at a time fits: the
+    message names the limit, what is needed, and the presets that would do.
+    """
+    if context is None:
+        context = min(model.context, DEFAULT_CONTEXT)
+    if not 1 <= context <= model.context:
+        raise CompileError(f"context must be 1..{model.context} positions for model {model.name}, not {context}")
+    plan = _largest(config, model, context)
+    short = _shortage(plan)
+    if short is None:
+        return plan
+    others = [name for name, other in PRESETS.items() if _shortage(_largest(other, model, context)) is None]
+    advice = f"use configuration {' or '.join(others)}" if others else "no preset is large enough"
+    raise CapacityError(f"model {model.name} does not fit configuration {config.name}: {short[0]} must be at least "
+                        f"{short[1]} but is {short[2]}; {advice}")
