@@ -107,6 +107,15 @@ def test_same_seed_same_cycles_other_seed_other_cycles():
     assert cycles(3) == cycles(3) != cycles(4)
 
 
+@pytest.mark.parametrize("channel", ["ar", "r", "aw", "w", "b"])
+def test_each_channel_stalls_on_its_own(channel):
+    def cycles(**timing):
+        with make(timing=MemoryTiming(**timing)) as sim:
+            return copy(sim, 0, 0, 400)[1]
+
+    assert cycles(**{f"stall_{channel}": 0.9}) > cycles() + 50 * 4  # 50 transfers at least, 9 waits each on average
+
+
 @pytest.mark.parametrize("code, value", [("slverr", 2), ("decerr", 3)])
 def test_nth_read_burst_fails_with_zeros(code, value):
     with make() as sim:
