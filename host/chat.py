@@ -31,7 +31,7 @@ class ChatTemplate:
                                                     extensions=["jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = _to_json
         environment.globals.update(raise_exception=_raise, strftime_now=lambda form: datetime.now().strftime(form))
-        self.source = source
+        self.source, self.bos, self.eos = source, bos, eos
         self._tokens = {"bos_token": bos, "eos_token": eos}
         try:
             self._template = environment.from_string(source)

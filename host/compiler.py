@@ -8,197 +8,54 @@ LOADW of the first MATMUL that runs later than its use.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
-
 from skipopu.hw.config import OverlayConfig
 from skipopu.hw.formats import fp32_bits
 from skipopu.hw.isa import Condition, Destination, MatmulMode, Register, Resource, RowScale
 
-from .layout import (MemoryMap, ceil_div, pack_rows, pack_weights, row_superbeats, scale_exponent, stripe)
-from .model import Model, QuantTensor
+from .compiled import Compiled, ImageMap
+from .image import ImageBuilder
+from .layout import ceil_div, row_superbeats
+from .model import Model
 from .passes.check import check_program
-from .passes.weights import Linear, Padding, interleave, lower_linear, same_kind
 from .plan import Plan, make_plan
 from .program import WORD_BYTES, Builder, Program, vector_imm
 
-__all__ = ["Compiled", "ImageMap", "compile_model"]
+__all__ = ["compile_model"]
 
-_EMBED_ROWS_AT_ONCE = 4096
-_TILES, _INDEX, _LIMIT, _OFFSET = Register.T0, Register.T1, Register.T2, Register.T3
+_TILES, _INDEX, _LIMIT, _OFFSET, _TOKEN = Register.T0, Register.T1, Register.T2, Register.T3, Register.T4
 _R = Resource
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageMap:
-    """What the runtime needs to know about a compiled model. Addresses and sizes in superbeats."""
-
-    regions: dict[str, tuple[int, int]]  # name -> (address, superbeats)
-    image: int  # superbeats with contents; KV and logits lie behind
-    memory: int  # superbeats in all
-    chunk: int  # tokens of one run at most
-    context: int  # positions of the KV region
-    vocab: int
-    logits_width: int  # FP32 delivered per row, at least vocab
-    layers: int
-    model: str
-    identity: str
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-
-    def address(self, name: str) -> int:
-        """Superbeat address of a region."""
-        return self.regions[name][0]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Compiled:
-    """A model compiled for one configuration. ``image`` is uint8 [ports, bytes], without program, KV and logits."""
-
-    config: OverlayConfig
-    program: Program
-    image: np.ndarray
-    map: ImageMap
-    notes: list[str] = field(default_factory=list)
-    tokenizer: bytes = b""
-
-    def summary(self) -> dict[str, Any]:
-        """Sizes for people: bytes of each kind of region, instructions, chunk, context."""
-        kinds: dict[str, int] = {}
-        for name, (_, size) in self.map.regions.items():
-            kind = name.split(".")[-1] if not name.startswith("kv.") else "kv"
-            kinds[kind] = kinds.get(kind, 0) + size * self.config.superbeat_bytes
-        return {"configuration": self.config.name, "model": self.map.model, "instructions": len(self.program.words),
-                "chunk": self.map.chunk, "context": self.map.context, "bytes": kinds, "notes": list(self.notes)}
 
 
 def compile_model(model: Model, config: OverlayConfig, context: int | None = None, check: bool = True) -> Compiled:
     """Compile ``model`` for ``config``, with room for ``context`` positions (by default at most 2048).
 
+    check : walk the finished program and verify it (see `passes.check`)
     Raises CapacityError if the model does not fit the configuration, CompileError for an impossible context.
     """
     plan = make_plan(config, model.config, context)
-    compiler = _Compiler(plan, model)
-    compiled = compiler.run()
+    image = ImageBuilder(plan, model)
+    program = _Emitter(plan, model, image).run()
+    image.memory.add("program", ceil_div(len(program.words) * WORD_BYTES * 8, config.port_bits))
     if check:
-        check_program(compiled.program, plan, compiled.map.regions)
-    return compiled
+        check_program(program, plan, image.memory.regions)
+    settings = model.config
+    return Compiled(
+        config=config, program=program, image=image.image(), notes=image.notes, tokenizer=model.tokenizer,
+        chat=model.chat, map=ImageMap(
+            regions=image.memory.regions, image=image.top, memory=image.memory.top, chunk=plan.chunk,
+            context=plan.context, vocab=settings.vocab, logits_width=plan.logits_width, layers=settings.layers,
+            model=settings.name, identity=model.identity, bos_id=settings.bos_id, eos_ids=settings.eos_ids))
 
 
-class _Compiler:
-    """State of one compilation: memory regions and their contents first, then instructions that name them."""
+class _Emitter:
+    """Writes the instructions of one program."""
 
-    def __init__(self, plan: Plan, model: Model) -> None:
-        self.plan, self.model, self.config = plan, model, plan.config
-        self.memory = MemoryMap(plan.config)
-        self.notes: list[str] = []
-        self.contents: list[tuple[int, np.ndarray]] = []
-        self.weights: dict[str, tuple[int, int, MatmulMode, int]] = {}  # address, count, mode, scale exponent
+    def __init__(self, plan: Plan, model: Model, image: ImageBuilder) -> None:
+        self.plan, self.model, self.image, self.config = plan, model, image, plan.config
         self.build = Builder()
         self.on_chip = plan.addresses()
 
-    def run(self) -> Compiled:
-        self._place_constants()
-        for layer in range(self.model.config.layers):
-            self._place_layer(layer)
-        head = Padding(1, self.model.config.vocab, self.plan.logits_width)
-        self._place_linear("head", self.model.head, head, self._hidden)
-        image_top = self.memory.top
-        self._place_runtime_regions()
-        program = self._program()
-        self.memory.add("program", ceil_div(len(program.words) * WORD_BYTES * 8, self.config.port_bits))
-        image = np.zeros((self.config.ports, image_top * self.config.port_bits // 8), np.uint8)
-        for address, stream in self.contents:
-            stripe(self.config, image, address, stream)
-        settings = self.model.config
-        return Compiled(config=self.config, program=program, image=image, notes=self.notes, map=ImageMap(
-            regions=self.memory.regions, image=image_top, memory=self.memory.top, chunk=self.plan.chunk,
-            context=self.plan.context, vocab=settings.vocab, logits_width=self.plan.logits_width,
-            layers=settings.layers, model=settings.name, identity=self.model.identity, bos_id=settings.bos_id,
-            eos_ids=settings.eos_ids))
-
-    # memory
-
-    @property
-    def _hidden(self) -> Padding:
-        return Padding(1, self.model.config.hidden, self.plan.hidden)
-
-    def _place(self, name: str, stream: np.ndarray) -> None:
-        self.contents.append((self.memory.add(name, len(stream)), stream))
-
-    def _place_constants(self) -> None:
-        plan = self.plan
-        self._place("embedding", self._embedding(self.model.tensors["embedding"]))
-        self._place("rope", pack_rows(self.config, self._rope_table()))
-        gains = ["final_norm"] + [f"layers.{layer}.{norm}" for layer in range(self.model.config.layers)
-                                  for norm in ("attn_norm", "mlp_norm")]
-        for name in gains:
-            gain = np.zeros((1, plan.hidden), np.float32)
-            gain[0, : self.model.config.hidden] = self.model.tensors[name].values
-            self._place(name, pack_rows(self.config, gain))
-
-    def _embedding(self, tensor: QuantTensor) -> np.ndarray:
-        """The embedding as padded FP32 rows, some thousand rows at a time."""
-        vocab, hidden = tensor.shape
-        per_row = row_superbeats(self.config, self.plan.hidden)
-        packed = np.zeros((vocab, per_row * self.config.superbeat_bytes // 4), np.float32)
-        for first in range(0, vocab, _EMBED_ROWS_AT_ONCE):
-            rows = slice(first, min(first + _EMBED_ROWS_AT_ONCE, vocab))
-            packed[rows, :hidden] = tensor.take_rows(np.arange(rows.start, rows.stop)).dequantise()
-        return packed.view(np.uint8).reshape(-1, self.config.superbeat_bytes)
-
-    def _rope_table(self) -> np.ndarray:
-        """float32 [context, 4 * padded head]: query cos, query sin, key cos, key sin of each position.
-
-        Both elements of a pair hold the cosine; the sines are -sin, +sin. The query's are in units of
-        log2(e) / sqrt(head_dim), so that scores are powers of two.
-        """
-        head = self.model.config.head_dim
-        angle = np.arange(self.plan.context)[:, None] * self.model.rope_inv_freq.astype(np.float64)
-        table = np.zeros((self.plan.context, 4, self.plan.head_dim))
-        table[:, 2, :head] = np.repeat(np.cos(angle), 2, axis=1)
-        table[:, 3, :head:2], table[:, 3, 1:head:2] = -np.sin(angle), np.sin(angle)
-        table[:, :2] = table[:, 2:] * (math.log2(math.e) / math.sqrt(head))
-        return table.reshape(self.plan.context, -1).astype(np.float32)
-
-    def _place_layer(self, layer: int) -> None:
-        plan, settings = self.plan, self.model.config
-        part = self.model.layer(layer)
-        q_heads = Padding(settings.heads, settings.head_dim, plan.head_dim)
-        kv_heads = Padding(settings.kv_heads, settings.head_dim, plan.head_dim)
-        mlp = Padding(1, settings.mlp, plan.mlp)
-        name = f"layers.{layer}."
-        self._place_linear(name + "k", part["k"], kv_heads, self._hidden)
-        self._place_linear(name + "v", part["v"], kv_heads, self._hidden)
-        self._place_linear(name + "q", part["q"], q_heads, self._hidden)
-        self._place_linear(name + "o", part["o"], self._hidden, q_heads)
-        pair = [lower_linear(self.config, name + tensor_part, tensor, mlp, self._hidden, self.notes)
-                for tensor_part, tensor in zip(
-                    ("gate", "up"), same_kind(part["gate"], part["up"], name + "gate_up", self.notes))]
-        self._place_weights(name + "gate_up", interleave(self.config, *pair))
-        self._place_linear(name + "down", part["down"], self._hidden, mlp)
-
-    def _place_linear(self, name: str, tensor: QuantTensor, rows: Padding, cols: Padding) -> None:
-        self._place_weights(name, lower_linear(self.config, name, tensor, rows, cols, self.notes))
-
-    def _place_weights(self, name: str, linear: Linear) -> None:
-        stream = pack_weights(self.config, linear.mode, linear.codes, linear.scale, linear.minimum)
-        self._place(name, stream)
-        exponent = scale_exponent(linear.mode, linear.scale, linear.minimum)
-        self.weights[name] = (self.memory.regions[name][0], len(stream), linear.mode, exponent)
-
-    def _place_runtime_regions(self) -> None:
-        plan = self.plan
-        for layer in range(self.model.config.layers):
-            self.memory.add(f"kv.{layer}", plan.context_tiles * plan.tile_superbeats)
-        self.memory.add("logits", plan.chunk * row_superbeats(self.config, plan.logits_width))
-
-    # instructions
-
-    def _program(self) -> Program:
+    def run(self) -> Program:
         self._prologue()
         for layer in range(self.model.config.layers):
             self._attention(layer)
@@ -216,13 +73,13 @@ class _Compiler:
         emit("addi", rd=_TILES, imm_reg=_TILES, imm=tile - 1)
         emit("shri", rd=_TILES, imm_reg=_TILES, rows=tile.bit_length() - 1)
         self.build.at(-1, "embedding", "embedding")
-        address, row, token = _OFFSET, _LIMIT, Register.T4
+        address, row, token = _OFFSET, _LIMIT, _TOKEN
         count = row_superbeats(self.config, plan.hidden)
         emit("addi", rd=_INDEX)
         emit("addi", rd=row)
         loop = emit("token", rd=token, imm_reg=_INDEX)
         emit("muli", rd=address, imm_reg=token, x=count)
-        emit("loada", writes=_R.X, imm=self.memory.regions["embedding"][0], imm_reg=address, rows=1, x=on_chip["x"],
+        emit("loada", writes=_R.X, imm=self.image.address("embedding"), imm_reg=address, rows=1, x=on_chip["x"],
              x_reg=row, count=count, beats=plan.beats(plan.hidden))
         emit("addi", rd=row, imm_reg=row, imm=plan.beats(plan.hidden))
         emit("addi", rd=_INDEX, imm_reg=_INDEX, imm=1)
@@ -231,7 +88,7 @@ class _Compiler:
         table = 4 * plan.head_dim
         count = row_superbeats(self.config, table)
         emit("muli", rd=address, imm_reg=Register.POSITION, x=count)
-        emit("loada", writes=_R.ROPE, imm=self.memory.regions["rope"][0], imm_reg=address, rows_reg=Register.TOKENS,
+        emit("loada", writes=_R.ROPE, imm=self.image.address("rope"), imm_reg=address, rows_reg=Register.TOKENS,
              x=on_chip["rope"], count=count, beats=plan.beats(table), dst_stride=plan.beats(table))
         self._load_gain("layers.0.attn_norm", 0)
         self.build.at(0, "attention", "layers.0.attn_norm")
@@ -251,24 +108,26 @@ class _Compiler:
     def _load_gain(self, name: str, slot: int) -> None:
         self.build.at(-1, "gain", name)
         hidden = self.plan.hidden
-        self.build.emit("loada", writes=(_R.GAIN0, _R.GAIN1)[slot], imm=self.memory.regions[name][0], rows=1,
+        self.build.emit("loada", writes=(_R.GAIN0, _R.GAIN1)[slot], imm=self.image.address(name), rows=1,
                         x=self.on_chip[f"gain{slot}"], count=row_superbeats(self.config, hidden),
                         beats=self.plan.beats(hidden))
 
     def _matmul(self, name: str, reads: Resource, source: str, inner: int, width: int, x_reg: int = 0,
                 rows_reg: int = Register.TOKENS) -> None:
         """Stream a weight region through the array: LOADW, then its MATMUL over rows of an MBUF region."""
-        address, count, mode, exponent = self.weights[name]
-        self.build.emit("loadw", imm=address, count=count)
-        self.build.emit("matmul", reads=reads, rows_reg=rows_reg, x=self.on_chip[source], x_reg=x_reg, mode=mode, heads=1,
-                        groups=1, n_tiles=ceil_div(width, self.config.columns), k_tiles=self.plan.rows(inner),
-                        row_stride=self.plan.rows(inner), scale_exponent=exponent, beats=self.plan.beats(width))
+        stream = self.image.weights[name]
+        self.build.emit("loadw", imm=stream.address, count=stream.count)
+        inner_rows = self.plan.rows(inner)
+        self.build.emit("matmul", reads=reads, rows_reg=rows_reg, x=self.on_chip[source], x_reg=x_reg, mode=stream.mode,
+                        heads=1, groups=1, n_tiles=ceil_div(width, self.config.columns), k_tiles=inner_rows,
+                        row_stride=inner_rows, scale_exponent=stream.scale_exponent, beats=self.plan.beats(width))
 
     def _attention(self, layer: int) -> None:
         plan, emit, on_chip = self.plan, self.build.emit, self.on_chip
         name = f"layers.{layer}."
         self._load_gain(name + "mlp_norm", 1)
-        head, rope = plan.beats(plan.head_dim), {"table": on_chip["rope"], "table_stride": 4 * plan.beats(plan.head_dim)}
+        head = plan.beats(plan.head_dim)
+        rope = {"table": on_chip["rope"], "table_stride": 4 * head}
         kvout = plan.record * self.config.beat_elements // self.config.vector_lanes
         for index, tensor in enumerate("kv"):
             self.build.at(layer, "attention", name + tensor)
@@ -278,7 +137,7 @@ class _Compiler:
             emit("vrope", reads=_R.ROPE if rotation else _R(0), writes=_R.KVOUT, imm=vector_imm(0, index * kvout // 2),
                  **loops, **rotation, scale=RowScale.RSQRT, dest=Destination.KVOUT)
         self.build.at(layer, "attention", f"kv.{layer}")
-        emit("storekv", reads=_R.KVOUT, writes=_R.KVMEM, imm=self.memory.regions[f"kv.{layer}"][0],
+        emit("storekv", reads=_R.KVOUT, writes=_R.KVMEM, imm=self.image.address(f"kv.{layer}"),
              rows_reg=Register.TOKENS, x_reg=Register.POSITION, record=plan.record)
         self.build.at(layer, "attention", name + "q")
         self._matmul(name + "q", _R.MX, "mx", plan.hidden, plan.q_width)
@@ -305,7 +164,7 @@ class _Compiler:
         emit("addi", rd=_INDEX)
         emit("addi", rd=_LIMIT, imm_reg=Register.POSITION)
         emit("addi", rd=_OFFSET)
-        loop = emit("loadkv", reads=_R.KVMEM, imm=self.memory.regions[f"kv.{layer}"][0], imm_reg=_OFFSET,
+        loop = emit("loadkv", reads=_R.KVMEM, imm=self.image.address(f"kv.{layer}"), imm_reg=_OFFSET,
                     heads=self.model.config.kv_heads, head_beats=plan.head_dim // config.beat_elements,
                     record=plan.record)
         emit("matmul", reads=_R.MQ, x=on_chip["mq"], mode=MatmulMode.QK, **heads,
@@ -351,7 +210,7 @@ class _Compiler:
         self._matmul("head", _R.MX, "mx", plan.hidden, plan.logits_width, _OFFSET, Register.HEAD_ROWS)
         emit("vlogits", imm=self.model.config.vocab, rows_reg=Register.HEAD_ROWS, x_reg=Register.HEAD_ROW, heads=1,
              groups=1, beats=plan.beats(plan.logits_width), scale=RowScale.RSQRT)
-        emit("storel", writes=_R.LOGITS, imm=self.memory.regions["logits"][0], rows_reg=Register.HEAD_ROWS,
+        emit("storel", writes=_R.LOGITS, imm=self.image.address("logits"), rows_reg=Register.HEAD_ROWS,
              count=row_superbeats(self.config, plan.logits_width))
         end = emit("halt")
         self.build.patch(skip, "branch", rows_reg=Register.HEAD_ROWS, x_reg=Register.ZERO, condition=Condition.EQ,

@@ -30,7 +30,7 @@ def pad_to(value: int, multiple: int) -> int:
 class MemoryMap:
     """Allocator of superbeat addresses: regions one after another, each starting on a burst boundary.
 
-    Bursts then never cross 4 KiB early. ``regions`` holds name -> (address, superbeats), ``top`` the first free address.
+    Bursts then never cross 4 KiB early. ``regions``: name -> (address, superbeats); ``top``: the first free address.
     """
 
     def __init__(self, config: OverlayConfig) -> None:
@@ -133,7 +133,7 @@ def pack_rows(config: OverlayConfig, rows: np.ndarray) -> np.ndarray:
 
 
 def stripe(config: OverlayConfig, image: np.ndarray, address: int, stream: np.ndarray) -> None:
-    """Write a linear stream, uint8 [superbeats, W], into per-port memories, uint8 [P, bytes], at a superbeat address."""
+    """Write a linear stream, uint8 [superbeats, W], into memories of all ports, uint8 [P, bytes], at ``address``."""
     beat = config.port_bits // 8
     ports = image.reshape(config.ports, -1, beat)
     ports[:, address : address + len(stream)] = stream.reshape(len(stream), config.ports, beat).transpose(1, 0, 2)

@@ -157,12 +157,11 @@ def _shortage(plan: Plan) -> tuple[str, int, int] | None:
 
 def _largest(config: OverlayConfig, model: ModelConfig, context: int) -> Plan:
     """The plan with the longest chunk that fits; if none fits, the plan for one row."""
-    plans = (Plan(config, model, context, chunk) for chunk in range(config.tokens, 0, -1))
-    plan = next(plans)
-    for plan in (plan, *plans):
+    for chunk in range(config.tokens, 1, -1):
+        plan = Plan(config, model, context, chunk)
         if _shortage(plan) is None:
-            break
-    return plan
+            return plan
+    return Plan(config, model, context, 1)
 
 
 def make_plan(config: OverlayConfig, model: ModelConfig, context: int | None = None) -> Plan:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-
 from skipopu.hw.isa import Resource, disassemble, encode
 
 __all__ = ["Builder", "NO_RESOURCE", "Note", "Program", "WORD_BYTES", "vector_imm"]

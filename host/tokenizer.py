@@ -82,6 +82,7 @@ class Tokenizer:
     def __init__(self, backend: Backend, *, byte_level: bool, strip_space: bool, bos_id: int | None,
                  add_bos: bool) -> None:
         self._backend = backend
+        self._byte_level = byte_level
         self._strip_space = strip_space
         self.bos_id = bos_id
         self.add_bos = add_bos and bos_id is not None
@@ -136,6 +137,17 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write the tokenizer in Hugging Face's ``tokenizer.json`` form, which ``from_folder`` reads."""
         self._backend.save(str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of the tokenizer as JSON values; ``from_dict`` makes the same tokenizer of it."""
+        return {"backend": self._backend.to_str(), "byte_level": self._byte_level, "strip_space": self._strip_space,
+                "bos_id": self.bos_id, "add_bos": self.add_bos}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Tokenizer:
+        """From ``to_dict``."""
+        options = dict(state)
+        return cls(Backend.from_str(options.pop("backend")), **options)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:

@@ -8,12 +8,12 @@ compiler, not of its user.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
-
 from skipopu.hw.isa import Condition, Destination, MatmulMode, Register, Resource, Unit, decode
 
 from ..errors import CompileError
@@ -31,6 +31,11 @@ TAKES_STREAM = ("vadd", "vrope", "vswiglu", "vscore", "vmerge", "vlogits")
 READS_ABUF = ("vnorm", "vadd", "vprob", "vmerge", "vscale")
 WRITES_ABUF = ("vadd", "vscore", "vmerge")
 WRITES_MBUF = ("vnorm", "vadd", "vswiglu", "vprob", "vscale")
+ARITHMETIC: dict[str, tuple[Callable[[int, int], int], str]] = {  # and the second operand: a field or rows_reg
+    "addi": (operator.add, "imm"), "add": (operator.add, "rows_reg"), "sub": (operator.sub, "rows_reg"),
+    "shli": (operator.lshift, "rows"), "shri": (operator.rshift, "rows"), "muli": (operator.mul, "x"),
+    "min": (min, "rows_reg"), "token": (lambda index, _: 0, "rows_reg"),
+}
 _STEP_LIMIT = 10_000_000
 
 
@@ -85,11 +90,9 @@ def walk(program: Program, arguments: Arguments) -> Iterator[tuple[int, str, Uni
                 taken = {Condition.EQ: right == other, Condition.NE: right != other, Condition.LT: right < other,
                          Condition.GE: right >= other}[Condition(raw["condition"])]
                 target = raw["imm"] if taken else target
-            case "addi" | "add" | "sub" | "shli" | "shri" | "muli" | "min" | "token":
-                value = {"addi": lambda: raw["imm"] + left, "add": lambda: left + right, "sub": lambda: left - right,
-                         "shli": lambda: left << raw["rows"], "shri": lambda: left >> raw["rows"],
-                         "muli": lambda: left * raw["x"], "min": lambda: min(left, right), "token": lambda: 0}
-                registers[raw["rd"]] = value[item.mnemonic]()
+            case mnemonic if mnemonic in ARITHMETIC:
+                operation, operand = ARITHMETIC[item.mnemonic]
+                registers[raw["rd"]] = operation(left, right if operand == "rows_reg" else raw[operand])
                 registers[Register.ZERO] = 0
         pc = target
     raise CheckError(f"the program does not end within {_STEP_LIMIT} instructions")
@@ -191,7 +194,8 @@ def _step(state: _State, mnemonic: str, unit: Unit, f: dict[str, int]) -> None:
         state.require(state.weights is None and not state.tiles and not state.results and state.logits is None,
                       "the program ends with a stream that nobody takes")
     for name, stated, found in (("reads", f["reads"], state.reads), ("writes", f["writes"], state.writes)):
-        state.require(stated == found, f"{name} must be {found!r}, not {Resource(stated)!r}")
+        if stated != found:
+            raise CheckError(f"{name} must be {found!r}, not {Resource(stated)!r}")
 
 
 def _load(state: _State, mnemonic: str, f: dict[str, int]) -> None:
@@ -277,6 +281,7 @@ def _store(state: _State, mnemonic: str, f: dict[str, int]) -> None:
         state.logits = None
         state.memory(f["imm"], f["rows"] * f["count"], ("logits",), write=True)
         return
-    state.touch("kvout", _offsets((f["rows"] * f["record"] * config.beat_elements // config.vector_lanes, 1)), write=False)
+    beats = f["rows"] * f["record"] * config.beat_elements // config.vector_lanes
+    state.touch("kvout", _offsets((beats, 1)), write=False)
     first, last = (position // config.ports for position in (f["x"], f["x"] + f["rows"] - 1))
     state.memory(f["imm"] + first * f["record"], (last - first + 1) * f["record"], ("kv",), write=True)

@@ -19,6 +19,7 @@ from ..quantise import quantise
 
 __all__ = ["Linear", "Padding", "interleave", "lower_linear", "same_kind"]
 
+FLOAT16_MAX = 65504
 MODES = {"q8_0": MatmulMode.W8, "q4_0": MatmulMode.W4, "q4_1": MatmulMode.W4M}
 
 
@@ -96,14 +97,14 @@ def lower_linear(config: OverlayConfig, name: str, tensor: QuantTensor, rows: Pa
 
 
 def same_kind(first: QuantTensor, second: QuantTensor, name: str, notes: list[str]) -> list[QuantTensor]:
-    """The two tensors in kinds of one mode, so that they can share a matmul: exact where the wider kind holds the other.
+    """The two tensors in kinds of one mode, so that they can share a matmul: exact where one kind holds the other.
 
     Float tensors stay as they are, since `lower_linear` makes them q8_0.
     """
     kinds = {first.kind, second.kind}
     if len(kinds) == 1:
         return [first, second]
-    if kinds == {"q4_0", "q4_1"} and all(np.abs(item.scale).max() <= 65504 / 8 for item in (first, second)):
+    if kinds == {"q4_0", "q4_1"} and max(_largest_scale(first), _largest_scale(second)) <= FLOAT16_MAX / 8:
         return [_as_q4_1(item) for item in (first, second)]
     lowered = []
     for item in (first, second):
@@ -116,12 +117,18 @@ def same_kind(first: QuantTensor, second: QuantTensor, name: str, notes: list[st
     return lowered
 
 
+def _largest_scale(tensor: QuantTensor) -> float:
+    assert tensor.scale is not None
+    return float(np.abs(tensor.scale).max())
+
+
 def _as_q4_1(tensor: QuantTensor) -> QuantTensor:
     """q4_0 as q4_1 with minimum -8 * scale: exact, a power of two."""
     if tensor.kind == "q4_1":
         return tensor
     assert tensor.codes is not None and tensor.scale is not None
-    return QuantTensor("q4_1", codes=tensor.codes + np.int8(8), scale=tensor.scale, minimum=tensor.scale * np.float16(-8))
+    minimum = tensor.scale * np.float16(-8)
+    return QuantTensor("q4_1", codes=tensor.codes + np.int8(8), scale=tensor.scale, minimum=minimum)
 
 
 def interleave(config: OverlayConfig, gate: Linear, up: Linear) -> Linear:

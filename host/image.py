@@ -1,0 +1,130 @@
+"""Memory image of a model: embedding, rotation tables, norm gains and weight streams, each at its address."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from skipopu.hw.isa import MatmulMode
+
+from .layout import MemoryMap, pack_rows, pack_weights, row_superbeats, scale_exponent, stripe
+from .model import Model, QuantTensor
+from .passes.weights import Linear, Padding, interleave, lower_linear, same_kind
+from .plan import Plan
+
+__all__ = ["ImageBuilder", "WeightStream"]
+
+_EMBED_ROWS_AT_ONCE = 4096  # bounds the temporaries
+
+
+@dataclass(frozen=True)
+class WeightStream:
+    """What a LOADW and its MATMUL need to know of one packed linear layer."""
+
+    address: int  # superbeat
+    count: int  # superbeats
+    mode: MatmulMode
+    scale_exponent: int
+
+
+class ImageBuilder:
+    """Places a model's tensors and the working memory.
+
+    weights : name of a matmul -> its packed weights; notes : what was requantised; top : superbeats with contents
+    """
+
+    def __init__(self, plan: Plan, model: Model) -> None:
+        self.plan, self.model, self.config = plan, model, plan.config
+        self.memory = MemoryMap(plan.config)
+        self.notes: list[str] = []
+        self.weights: dict[str, WeightStream] = {}
+        self._contents: list[tuple[int, np.ndarray]] = []
+        self._place_constants()
+        for layer in range(model.config.layers):
+            self._place_layer(layer)
+        head = Padding(1, model.config.vocab, plan.logits_width)
+        self._place_linear("head", model.head, head, self._hidden)
+        self.top = self.memory.top  # superbeats with contents
+        for layer in range(model.config.layers):
+            self.memory.add(f"kv.{layer}", plan.context_tiles * plan.tile_superbeats)
+        self.memory.add("logits", plan.chunk * row_superbeats(self.config, plan.logits_width))
+
+    def address(self, name: str) -> int:
+        """Superbeat address of a region."""
+        return self.memory.regions[name][0]
+
+    def image(self) -> np.ndarray:
+        """The contents of every port, uint8 [ports, bytes]; working memory is not part of it."""
+        image = np.zeros((self.config.ports, self.top * self.config.port_bits // 8), np.uint8)
+        for address, stream in self._contents:
+            stripe(self.config, image, address, stream)
+        return image
+
+    @property
+    def _hidden(self) -> Padding:
+        return Padding(1, self.model.config.hidden, self.plan.hidden)
+
+    def _place(self, name: str, stream: np.ndarray) -> None:
+        self._contents.append((self.memory.add(name, len(stream)), stream))
+
+    def _place_constants(self) -> None:
+        plan = self.plan
+        self._place("embedding", self._embedding(self.model.tensors["embedding"]))
+        self._place("rope", pack_rows(self.config, self._rope_table()))
+        gains = ["final_norm"] + [f"layers.{layer}.{norm}" for layer in range(self.model.config.layers)
+                                  for norm in ("attn_norm", "mlp_norm")]
+        for name in gains:
+            gain = np.zeros((1, plan.hidden), np.float32)
+            gain[0, : self.model.config.hidden] = self.model.tensors[name].values
+            self._place(name, pack_rows(self.config, gain))
+
+    def _embedding(self, tensor: QuantTensor) -> np.ndarray:
+        """The embedding as padded FP32 rows, some thousand rows at a time."""
+        vocab, hidden = tensor.shape
+        per_row = row_superbeats(self.config, self.plan.hidden)
+        packed = np.zeros((vocab, per_row * self.config.superbeat_bytes // 4), np.float32)
+        for first in range(0, vocab, _EMBED_ROWS_AT_ONCE):
+            rows = slice(first, min(first + _EMBED_ROWS_AT_ONCE, vocab))
+            packed[rows, :hidden] = tensor.take_rows(np.arange(rows.start, rows.stop)).dequantise()
+        return packed.view(np.uint8).reshape(-1, self.config.superbeat_bytes)
+
+    def _rope_table(self) -> np.ndarray:
+        """float32 [context, 4 * padded head]: query cos, query sin, key cos, key sin of each position.
+
+        Both elements of a pair hold the cosine; the sines are -sin, +sin. The query's are in units of
+        log2(e) / sqrt(head_dim), so that scores are powers of two.
+        """
+        head = self.model.config.head_dim
+        angle = np.arange(self.plan.context)[:, None] * self.model.rope_inv_freq.astype(np.float64)
+        table = np.zeros((self.plan.context, 4, self.plan.head_dim))
+        table[:, 2, :head] = np.repeat(np.cos(angle), 2, axis=1)
+        table[:, 3, :head:2], table[:, 3, 1:head:2] = -np.sin(angle), np.sin(angle)
+        table[:, :2] = table[:, 2:] * (math.log2(math.e) / math.sqrt(head))
+        return table.reshape(self.plan.context, -1).astype(np.float32)
+
+    def _place_layer(self, layer: int) -> None:
+        plan, settings = self.plan, self.model.config
+        part = self.model.layer(layer)
+        q_heads = Padding(settings.heads, settings.head_dim, plan.head_dim)
+        kv_heads = Padding(settings.kv_heads, settings.head_dim, plan.head_dim)
+        mlp = Padding(1, settings.mlp, plan.mlp)
+        name = f"layers.{layer}."
+        self._place_linear(name + "k", part["k"], kv_heads, self._hidden)
+        self._place_linear(name + "v", part["v"], kv_heads, self._hidden)
+        self._place_linear(name + "q", part["q"], q_heads, self._hidden)
+        self._place_linear(name + "o", part["o"], self._hidden, q_heads)
+        pair = [lower_linear(self.config, name + tensor_part, tensor, mlp, self._hidden, self.notes)
+                for tensor_part, tensor in zip(
+                    ("gate", "up"), same_kind(part["gate"], part["up"], name + "gate_up", self.notes))]
+        self._place_weights(name + "gate_up", interleave(self.config, *pair))
+        self._place_linear(name + "down", part["down"], self._hidden, mlp)
+
+    def _place_linear(self, name: str, tensor: QuantTensor, rows: Padding, cols: Padding) -> None:
+        self._place_weights(name, lower_linear(self.config, name, tensor, rows, cols, self.notes))
+
+    def _place_weights(self, name: str, linear: Linear) -> None:
+        stream = pack_weights(self.config, linear.mode, linear.codes, linear.scale, linear.minimum)
+        self._place(name, stream)
+        exponent = scale_exponent(linear.mode, linear.scale, linear.minimum)
+        self.weights[name] = WeightStream(self.address(name), len(stream), linear.mode, exponent)
