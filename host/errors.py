@@ -1,6 +1,7 @@
 """Errors a user can cause. The command line prints each as one line, without a traceback."""
 
-__all__ = ["SkipopuError", "ModelError", "CompileError", "CapacityError", "BundleError", "DeviceError"]
+__all__ = ["SkipopuError", "ModelError", "CompileError", "CapacityError", "BundleError", "DeviceError",
+           "RequestError"]
 
 
 class SkipopuError(ValueError):
@@ -25,3 +26,7 @@ class BundleError(SkipopuError):
 
 class DeviceError(SkipopuError):
     """The accelerator is missing, does not answer, or stopped with a fault."""
+
+
+class RequestError(SkipopuError):
+    """A prompt or a setting that the loaded model cannot serve."""

@@ -1,0 +1,202 @@
+"""Run a compiled model on a device: load it once, then prefill and generate, nothing re-uploaded per token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .compiled import Compiled
+from .device import Device, read_register, write_register
+from .errors import DeviceError, RequestError
+from .layout import unpack_logits
+from .sampling import Sampler, Sampling
+
+__all__ = ["Accelerator", "RunStats"]
+
+_ARGUMENTS = ("ARG0", "ARG1", "ARG2", "ARG3")  # r1..r4: position, tokens, head row, head rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStats:
+    """One run of the program: a chunk of prompt, or one token.
+
+    seconds : on this machine's clock; counters : of the device, see ``Device.counters``
+    """
+
+    position: int
+    tokens: int
+    head_rows: int
+    seconds: float
+    counters: dict[str, int]
+
+
+class Accelerator:
+    """A model on a device. Constructing it checks the device and loads program and image.
+
+    position : tokens in the context so far; stats : one RunStats per run since ``clear``
+    finish : why the last ``generate`` ended: "length", "stop" or "context"
+    Raises DeviceError if the device is another configuration than the model was compiled for, or has too little memory.
+    """
+
+    def __init__(self, device: Device, compiled: Compiled, timeout: float = 600.0, watchdog: int = 1_000_000) -> None:
+        self.device, self.compiled, self.map, self.config = device, compiled, compiled.map, compiled.config
+        self.timeout = timeout
+        self.position = 0
+        self.finish = ""
+        self.stats: list[RunStats] = []
+        self._last_rows = 0
+        if device.config.config_hash != self.config.config_hash:
+            raise DeviceError(f"the model is compiled for configuration {self.config.name}, the device is "
+                              f"{device.config.name}; compile the model for {device.config.name}")
+        needed = self.map.memory * self.config.port_bits // 8
+        if device.memory_bytes < needed:
+            raise DeviceError(f"the model needs {needed} bytes behind each port, the device has {device.memory_bytes}; "
+                              f"compile with a shorter context or open the device with more memory")
+        device.identify()
+        self._load()
+        self._set_up(watchdog)
+        self._watchdog = watchdog
+
+    def _load(self) -> None:
+        for port in range(self.config.ports):
+            memory = self.device.memory(port)
+            if memory is None:
+                self.device.write_memory(port, 0, self.compiled.image[port])
+            else:
+                memory[: self.compiled.image.shape[1]] = self.compiled.image[port]
+        words = np.frombuffer(self.compiled.program.to_bytes(), np.uint8)
+        self.device.write_memory(0, self._byte_address("program"), words)
+
+    def _set_up(self, watchdog: int) -> None:
+        device = self.device
+        for port in range(self.config.ports):
+            write_register(device, "PORT_BASE", device.port_base(port), port)
+        write_register(device, "PROGRAM", device.port_base(0) + self._byte_address("program"))
+        write_register(device, "PROGRAM_LENGTH", len(self.compiled.program.words))
+        write_register(device, "MEMORY_LIMIT", self.map.memory)
+        write_register(device, "WATCHDOG", watchdog)
+
+    def _byte_address(self, region: str) -> int:
+        return self.map.address(region) * self.config.port_bits // 8
+
+    def clear(self) -> None:
+        """Forget the context and the statistics."""
+        self.position = 0
+        self.stats = []
+        self.finish = ""
+
+    def reset(self) -> None:
+        """Reset the device after a fault and set it up again; the context is forgotten."""
+        self.device.reset()
+        self._set_up(self._watchdog)
+        self.clear()
+
+    def run(self, tokens: Sequence[int], head_row: int = 0, head_rows: int = 0, instructions: int = 0) -> None:
+        """One run of the program over 1..chunk tokens at the current position, which it advances.
+
+        head_row, head_rows : rows whose logits are computed; instructions : stop after so many, 0 runs all
+        Raises RequestError for bad tokens or a full context, DeviceError for a fault (with the instruction).
+        """
+        self._check_tokens(tokens)
+        if len(tokens) > self.map.chunk:
+            raise RequestError(f"a run takes 1..{self.map.chunk} tokens, not {len(tokens)}")
+        if not (0 <= head_row and 0 <= head_rows and head_row + head_rows <= len(tokens)):
+            raise RequestError(f"head rows {head_row}..{head_row + head_rows - 1} are not in the {len(tokens)} rows")
+        device = self.device
+        for index, token in enumerate(tokens):
+            write_register(device, "TOKEN_TABLE", int(token), index)
+        for name, value in zip(_ARGUMENTS, (self.position, len(tokens), head_row, head_rows)):
+            write_register(device, name, value)
+        write_register(device, "INSTRUCTION_LIMIT", instructions)
+        begin = time.perf_counter()
+        device.start()
+        device.wait(self.timeout)
+        seconds = time.perf_counter() - begin
+        if (fault := device.fault()) is not None:
+            cause, pc, port = fault
+            raise DeviceError(f"the accelerator stopped with {cause.name} (port {port}) at "
+                              f"{self.compiled.program.describe(pc)}; reset it before the next run")
+        self.stats.append(RunStats(position=self.position, tokens=len(tokens), head_rows=head_rows, seconds=seconds,
+                                   counters=device.counters()))
+        self._last_rows = head_rows
+        self.position += len(tokens)
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        if not len(tokens):
+            raise RequestError("the prompt is empty; give at least one token")
+        for token in tokens:
+            if not 0 <= token < self.map.vocab:
+                raise RequestError(f"token ids must be 0..{self.map.vocab - 1}, not {token}")
+        room = self.map.context - self.position
+        if len(tokens) > room:
+            raise RequestError(f"{len(tokens)} tokens do not fit: the context holds {self.map.context} positions, "
+                               f"{self.position} are used; clear it, or compile with a longer context")
+
+    def prefill(self, tokens: Sequence[int]) -> int:
+        """Read a prompt in chunks; returns the likeliest next token. Logits of the last token are then available."""
+        self._check_tokens(tokens)
+        for first in range(0, len(tokens), self.map.chunk):
+            part = tokens[first : first + self.map.chunk]
+            last = first + len(part) == len(tokens)
+            self.run(part, len(part) - 1 if last else 0, 1 if last else 0)
+        return self.argmax()
+
+    def step(self, token: int) -> int:
+        """Read one token; returns the likeliest next one."""
+        self.run([token], 0, 1)
+        return self.argmax()
+
+    def evaluate(self, tokens: Sequence[int]) -> Iterator[np.ndarray]:
+        """Read tokens in chunks; yields logits of every token, float32 [rows of the chunk, vocab]."""
+        self._check_tokens(tokens)
+        for first in range(0, len(tokens), self.map.chunk):
+            part = tokens[first : first + self.map.chunk]
+            self.run(part, 0, len(part))
+            yield self.logits()
+
+    def argmax(self) -> int:
+        """Index of the largest logit of the last row computed, as the device found it."""
+        return read_register(self.device, "ARGMAX_INDEX")
+
+    def logits(self) -> np.ndarray:
+        """Logits of the last run, float32 [head rows, vocab], from device memory."""
+        rows, beat = self._last_rows, self.config.port_bits // 8
+        if rows == 0:
+            raise RequestError("the last run computed no logits; ask for head rows")
+        superbeats = rows * self.map.logits_width * 4 // self.config.superbeat_bytes
+        at = self._byte_address("logits")
+        ports = [self.device.read_memory(port, at, superbeats * beat).reshape(superbeats, beat)
+                 for port in range(self.config.ports)]
+        stream = np.stack(ports, axis=1).reshape(-1).view(np.float32)
+        return unpack_logits(self.config, stream, rows, self.map.vocab)
+
+    def generate(self, prompt: Sequence[int], count: int, sampling: Sampling | None = None,
+                 stop: Collection[int] | None = None) -> Iterator[int]:
+        """Yield up to ``count`` tokens that continue ``prompt``; each as soon as it is known.
+
+        sampling : None takes the likeliest token, found on the device
+        stop : token ids that end the generation (and are not yielded); by default the model's
+        Ends early when the context is full; ``finish`` says why it ended. The prompt is appended to the context.
+        """
+        sampler = Sampler(sampling) if sampling is not None else None
+        stop = self.map.eos_ids if stop is None else stop
+        self.finish = "length"
+        if count < 1:
+            raise RequestError(f"count must be at least 1, not {count}")
+        token = self.prefill(prompt)
+        for index in range(count):
+            if sampler is not None:
+                token = sampler.choose(self.logits()[-1])
+            if token in stop:
+                self.finish = "stop"
+                return
+            yield token
+            if index + 1 == count:
+                return
+            if self.position == self.map.context:
+                self.finish = "context"
+                return
+            token = self.step(token)
