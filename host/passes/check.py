@@ -9,7 +9,7 @@ compiler, not of its user.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -34,7 +34,7 @@ WRITES_MBUF = ("vnorm", "vadd", "vswiglu", "vprob", "vscale")
 ARITHMETIC: dict[str, tuple[Callable[[int, int], int], str]] = {  # and the second operand: a field or rows_reg
     "addi": (operator.add, "imm"), "add": (operator.add, "rows_reg"), "sub": (operator.sub, "rows_reg"),
     "shli": (operator.lshift, "rows"), "shri": (operator.rshift, "rows"), "muli": (operator.mul, "x"),
-    "min": (min, "rows_reg"), "token": (lambda index, _: 0, "rows_reg"),
+    "min": (min, "rows_reg"),
 }
 _STEP_LIMIT = 10_000_000
 
@@ -61,10 +61,12 @@ def corner_arguments(plan: Plan) -> list[Arguments]:
     return list(dict.fromkeys(cases))
 
 
-def walk(program: Program, arguments: Arguments) -> Iterator[tuple[int, str, Unit, dict[str, int]]]:
+def walk(program: Program, arguments: Arguments,
+         tokens: Sequence[int] = ()) -> Iterator[tuple[int, str, Unit, dict[str, int]]]:
     """Dispatched instructions of one run: (pc, mnemonic, unit, fields with registers already added).
 
-    Token table entries read as 0. Raises CheckError if the program leaves its words or does not end.
+    tokens : the token table, 0 where it is shorter
+    Raises CheckError if the program leaves its words or does not end.
     """
     registers = [0] * 16
     registers[Register.POSITION], registers[Register.TOKENS] = arguments.position, arguments.tokens
@@ -90,10 +92,12 @@ def walk(program: Program, arguments: Arguments) -> Iterator[tuple[int, str, Uni
                 taken = {Condition.EQ: right == other, Condition.NE: right != other, Condition.LT: right < other,
                          Condition.GE: right >= other}[Condition(raw["condition"])]
                 target = raw["imm"] if taken else target
+            case "token":
+                registers[raw["rd"]] = tokens[left] if left < len(tokens) else 0
             case mnemonic if mnemonic in ARITHMETIC:
                 operation, operand = ARITHMETIC[item.mnemonic]
                 registers[raw["rd"]] = operation(left, right if operand == "rows_reg" else raw[operand])
-                registers[Register.ZERO] = 0
+        registers[Register.ZERO] = 0
         pc = target
     raise CheckError(f"the program does not end within {_STEP_LIMIT} instructions")
 
@@ -126,8 +130,8 @@ class _State:
         if not holds:
             raise CheckError(message)
 
-    def touch(self, space: str, index: np.ndarray, write: bool) -> None:
-        """Account for an access to rows of an on-chip buffer, all in one region."""
+    def touch(self, space: str, index: np.ndarray, write: bool, fresh: bool = False) -> None:
+        """Account for an access to rows of an on-chip buffer, all in one region; ``fresh``: need not be written yet."""
         low, high = int(index[0]), int(index[-1])
         name = next((name for first, end, name in self.spans[space] if first <= low and high < end), None)
         self.require(name is not None, f"rows {low}..{high} of {space} are not inside one region")
@@ -136,7 +140,7 @@ class _State:
             self.written[space][index] = True
             self.writes |= RESOURCES[name]
         else:
-            self.require(bool(self.written[space][index].all()) or name == "out",
+            self.require(fresh or bool(self.written[space][index].all()),
                          f"{name} is read before all of it is written")
             self.reads |= RESOURCES[name]
 
@@ -254,7 +258,8 @@ def _vector(state: _State, mnemonic: str, f: dict[str, int]) -> None:
     if mnemonic == "vrope" and f["wrap"]:
         state.touch("abuf", f["table"] + _offsets((f["rows"], f["table_stride"]), (2 * f["wrap"], 1)), write=False)
     if mnemonic in READS_ABUF:
-        state.touch("abuf", src + offsets, write=False)
+        # the first tile's VMERGE ignores what it reads
+        state.touch("abuf", src + offsets, write=False, fresh=mnemonic == "vmerge")
     if mnemonic in WRITES_ABUF:
         state.touch("abuf", src + offsets, write=True)
     if mnemonic in WRITES_MBUF or (mnemonic == "vrope" and f["dest"] != Destination.KVOUT):

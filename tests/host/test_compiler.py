@@ -1,0 +1,258 @@
+"""Compiled programs, run in plain floats, against the float reference; what fits; the rules of a program."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from float_machine import FloatDevice
+from skipopu.golden.random_model import random_model
+from skipopu.golden.reference import ReferenceModel
+from skipopu.host.compiler import compile_model
+from skipopu.host.errors import CapacityError, CompileError
+from skipopu.host.model import QuantTensor
+from skipopu.host.passes.check import Arguments, CheckError, check_program, corner_arguments, walk
+from skipopu.host.passes.weights import Padding, lower_linear, same_kind
+from skipopu.host.plan import make_plan
+from skipopu.host.program import Program
+from skipopu.host.quantise import quantise
+from skipopu.host.runtime import Accelerator
+from skipopu.hw.config import PRESETS, preset
+from skipopu.hw.isa import OPCODES, MatmulMode, assemble, decode, encode
+
+# root mean square of the error, in units of that of the logits
+# FP16 records of keys and values (up to 2^-12) are all the rounding of the float machine
+FP16_BOUND = 0.004
+# weights quantised to q8_0 on the way: each changes by up to 1/254 of the largest of its 32, through all layers
+REQUANTISED_BOUND = 0.15
+Q8 = ("q8_0",)
+
+GEOMETRIES = [  # kinds, bound, geometry
+    ("plain", ("q4_1",), FP16_BOUND, {}),
+    ("q4_0 with an own head", ("q4_0",), FP16_BOUND, {"tied_head": False, "vocab": 130}),
+    ("one head, one layer", Q8, FP16_BOUND, {"heads": 1, "kv_heads": 1, "layers": 1, "head_dim": 32}),
+    ("odd vocabulary and groups", Q8, FP16_BOUND, {"heads": 6, "kv_heads": 2, "vocab": 101, "head_dim": 16}),
+    ("one KV head for seven", Q8, FP16_BOUND, {"heads": 7, "kv_heads": 1, "head_dim": 32}),
+    ("small heads", Q8, FP16_BOUND, {"heads": 4, "kv_heads": 4, "head_dim": 8}),
+    ("heads of 128", Q8, FP16_BOUND, {"heads": 2, "kv_heads": 1, "head_dim": 128}),
+    ("hidden and MLP that fill no lanes", Q8, FP16_BOUND, {"hidden": 96, "mlp": 160}),
+    ("float tensors and odd sizes", ("f16", "f32"), REQUANTISED_BOUND,
+     {"hidden": 70, "mlp": 90, "head_dim": 10, "heads": 3, "kv_heads": 3}),
+    ("groups across padded heads", ("q4_1",), REQUANTISED_BOUND, {"heads": 2, "kv_heads": 2, "head_dim": 80}),
+    ("mixed kinds", ("q4_0", "q4_1", "q8_0", "f16"), REQUANTISED_BOUND, {"layers": 3}),
+]
+
+
+def loaded(config, model, **options):
+    compiled = compile_model(model, config, **options)
+    return Accelerator(FloatDevice(config, compiled.map.memory * config.port_bits // 8), compiled)
+
+
+@pytest.mark.parametrize("config", PRESETS.values(), ids=list(PRESETS))
+@pytest.mark.parametrize(("kinds", "bound", "geometry"), [case[1:] for case in GEOMETRIES],
+                         ids=[case[0] for case in GEOMETRIES])
+def test_logits_agree_with_the_reference(config, kinds, bound, geometry):
+    model = random_model(5, kinds=kinds, **geometry)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab, config.tile_tokens // 2 + 21).tolist()
+    got = np.concatenate(list(loaded(config, model).evaluate(tokens)))
+    want = ReferenceModel(model).forward(tokens).numpy()
+    assert got.shape == want.shape
+    error = np.sqrt(np.square(got - want).mean(axis=1) / np.square(want).mean())
+    assert error.max() < bound, f"row {error.argmax()} of {len(error)}"
+
+
+def test_chunks_of_any_length_give_the_same_logits():
+    model, config = random_model(6, kinds=Q8), preset("tiny")
+    tokens = np.random.default_rng(1).integers(0, 96, 23).tolist()
+    whole = np.concatenate(list(loaded(config, model).evaluate(tokens)))
+    rows = []
+    accelerator = loaded(config, model)
+    for token in tokens:
+        assert accelerator.step(token) == int(accelerator.logits()[0].argmax())
+        rows.append(accelerator.logits()[0])
+    np.testing.assert_allclose(rows, whole, atol=1e-4)  # numpy adds up batches of other sizes in another order
+
+
+def test_head_runs_for_the_rows_asked_for():
+    model, config = random_model(7, kinds=Q8), preset("tiny")
+    every, last = loaded(config, model), loaded(config, model)
+    every.run([1, 2, 3], 0, 3)
+    last.run([1, 2, 3], 1, 2)
+    np.testing.assert_allclose(last.logits(), every.logits()[1:], atol=1e-4)
+    none = loaded(config, model)
+    none.run([1, 2, 3])
+    with pytest.raises(ValueError, match="no logits"):
+        none.logits()
+    assert none.stats[-1].counters["instructions"] < every.stats[-1].counters["instructions"]
+
+
+def test_same_model_gives_the_same_program_and_image():
+    first, second = (compile_model(random_model(3), preset("sim")) for _ in range(2))
+    assert first.program.words == second.program.words
+    np.testing.assert_array_equal(first.image, second.image)
+
+
+# what fits
+
+@pytest.mark.parametrize(("geometry", "limit", "advice"), [
+    ({"heads": 36, "kv_heads": 36, "head_dim": 8}, "state_rows", "no preset"),
+    ({"heads": 24, "kv_heads": 1, "head_dim": 8}, "acc_rows", "use configuration u280"),
+    ({"hidden": 16384, "layers": 1, "vocab": 8}, "abuf_rows", "u280"),
+    ({"heads": 32, "kv_heads": 32, "head_dim": 64}, "kvbuf_heads", "u280"),
+])
+def test_capacity_error_names_the_limit_and_a_preset(geometry, limit, advice):
+    model = random_model(1, kinds=Q8, **geometry)
+    with pytest.raises(CapacityError, match=f"does not fit configuration tiny: {limit}.*must be at least .*{advice}"):
+        compile_model(model, preset("tiny"))
+
+
+def test_chunk_shrinks_to_what_the_buffers_hold():
+    config = preset("sim")
+    assert make_plan(config, random_model(1).config).chunk == config.tokens
+    groups = dataclasses.replace(random_model(1).config, heads=10, kv_heads=1)
+    assert make_plan(config, groups).chunk == config.acc_rows // 10
+
+
+@pytest.mark.parametrize("context", [0, 129])
+def test_context_beyond_the_model_is_refused(context):
+    with pytest.raises(CompileError, match=r"context must be 1\.\.128"):
+        compile_model(random_model(1), preset("tiny"), context=context)
+
+
+@pytest.mark.parametrize("context", [1, 5, 128])
+def test_context_is_what_was_asked_for(context):
+    compiled = compile_model(random_model(1), preset("tiny"), context=context)
+    assert compiled.map.context == context
+    assert compiled.map.chunk == 4
+
+
+# weights
+
+def test_kinds_that_share_a_matmul_keep_their_values():
+    rng = np.random.default_rng(4)
+    tensors = {kind: quantise(rng.standard_normal((4, 64), np.float32), kind) for kind in ("q4_0", "q4_1", "q8_0")}
+    notes = []
+    for other in ("q4_1", "q8_0"):
+        pair = same_kind(tensors["q4_0"], tensors[other], "x", notes)
+        assert pair[0].kind == pair[1].kind == other and not notes
+        np.testing.assert_array_equal(pair[0].dequantise(), tensors["q4_0"].dequantise())
+    pair = same_kind(tensors["q4_1"], tensors["q8_0"], "x", notes)
+    assert [item.kind for item in pair] == ["q8_0", "q8_0"] and "q4_1 quantised to q8_0" in notes[0]
+
+
+def test_q4_0_scale_too_large_for_a_minimum_becomes_q8_0():
+    codes = np.ones((1, 32), np.int8)
+    large = QuantTensor("q4_0", codes=codes, scale=np.float16([[9000]]))
+    other = QuantTensor("q4_1", codes=codes, scale=np.float16([[1]]), minimum=np.float16([[2]]))
+    notes = []
+    pair = same_kind(large, other, "x", notes)
+    assert [item.kind for item in pair] == ["q8_0", "q8_0"] and len(notes) == 1
+    np.testing.assert_array_equal(pair[0].dequantise(), large.dequantise())
+
+
+@pytest.mark.parametrize(("size", "padded", "exact"), [(64, 64, True), (96, 128, True), (80, 128, False)])
+def test_padded_heads_keep_block_scales_where_groups_allow(size, padded, exact):
+    tensor = quantise(np.random.default_rng(5).standard_normal((3, 2 * size), np.float32), "q4_0")
+    notes = []
+    linear = lower_linear(preset("u280"), "o", tensor, Padding(1, 3, 3), Padding(2, size, padded), notes)
+    value = linear.codes * np.repeat(linear.scale.astype(np.float32), 32, axis=1)
+    value = value.reshape(3, 2, padded)
+    assert (linear.mode == MatmulMode.W4) == exact == (not notes)
+    assert not value[..., size:].any()
+    np.testing.assert_allclose(value[..., :size].reshape(3, -1), tensor.dequantise(), atol=0 if exact else 0.02)
+
+
+# the checker
+
+@pytest.fixture(scope="module")
+def small():
+    model, config = random_model(3, kinds=("q4_1",)), preset("tiny")
+    return compile_model(model, config), make_plan(config, model.config)
+
+
+def find(program, mnemonic, number=0):
+    return [pc for pc, word in enumerate(program.words) if decode(word)[0].mnemonic == mnemonic][number]
+
+
+def changed(program, pc, **fields):
+    words = list(program.words)
+    item, values = decode(words[pc])
+    words[pc] = encode(item.mnemonic, **values | fields)
+    return Program(words, program.notes)
+
+
+MUTATIONS = [
+    ("loadw", {"count": 1}, "consumes"),
+    ("loadw", {"imm": 0}, "not in a region"),
+    ("loada", {"writes": 0}, "writes must be"),
+    ("loada", {"x": 4095}, "not inside one region"),
+    ("loada", {"beats": 1}, "read before"),
+    ("matmul", {"reads": 0}, "reads must be"),
+    ("matmul", {"x": 2000}, "one region"),
+    ("matmul", {"beats": 1}, "delivers|beats must end"),
+    ("matmul", {"rows": 1}, "one region|read before"),
+    ("matmul", {"k_tiles": 1}, "consumes"),
+    ("vrope", {"beats": 4}, "delivers"),
+    ("vrope", {"writes": 0}, "writes must be"),
+    ("vrope", {"table": 0}, "read before|one region|reads must be"),
+    ("vadd", {"imm": 1}, "one region|read before"),
+    ("vadd", {"vector": 3}, "aligned vectors"),
+    ("vscore", {"writes": 0}, "writes must be"),
+    ("vprob", {"reads": 0}, "reads must be"),
+    ("vmerge", {"head_stride": 0, "group_stride": 0}, "read before|one region|writes must be"),
+    ("vswiglu", {"rows": 1}, "delivers"),
+    ("vlogits", {"imm": 0}, "logits that count"),
+    ("loadkv", {"record": 1}, "record must be"),
+    ("loadkv", {"imm": 100000}, "not in a region"),
+    ("storekv", {"reads": 0}, "reads must be"),
+    ("storekv", {"imm": 0}, "not in a region"),
+    ("storel", {"count": 1}, "VLOGITS sends"),
+]
+
+
+@pytest.mark.parametrize(("mnemonic", "fields", "message"), MUTATIONS, ids=lambda value: str(value))
+def test_checker_finds_a_wrong_field(small, mnemonic, fields, message):
+    compiled, plan = small
+    program = changed(compiled.program, find(compiled.program, mnemonic), **fields)
+    with pytest.raises(CheckError, match=message):
+        check_program(program, plan, compiled.map.regions)
+
+
+def test_checker_finds_a_load_between_loadw_and_its_matmul(small):
+    compiled, plan = small
+    words, at = list(compiled.program.words), find(compiled.program, "loada", 3)
+    assert decode(words[at + 1])[0].mnemonic == "loadw"
+    words[at], words[at + 1] = words[at + 1], words[at]
+    with pytest.raises(CheckError, match="between LOADW and its MATMUL"):
+        check_program(Program(words, compiled.program.notes), plan, compiled.map.regions)
+
+
+def test_checker_finds_a_stream_that_nobody_takes(small):
+    compiled, plan = small
+    pc = find(compiled.program, "storel")
+    words = list(compiled.program.words)
+    words[pc] = encode("halt")
+    with pytest.raises(CheckError, match="nobody takes"):
+        check_program(Program(words, compiled.program.notes), plan, compiled.map.regions)
+
+
+def test_checker_finds_an_endless_or_escaping_program(small):
+    compiled, plan = small
+    endless = changed(compiled.program, find(compiled.program, "branch"), imm=10**6)
+    with pytest.raises(CheckError, match="runs to 1000000"):
+        check_program(endless, plan, compiled.map.regions, [Arguments(0, 2, 0, 1)])
+
+
+def test_every_argument_case_reaches_every_layer(small):
+    compiled, plan = small
+    for arguments in corner_arguments(plan):
+        pcs = {pc for pc, *_ in walk(compiled.program, arguments)}
+        layers = {compiled.program.notes[pc].layer for pc in pcs}
+        assert layers == {-1, 0, 1}
+
+
+def test_listing_assembles_to_the_same_words(small):
+    program = small[0].program
+    assert [assemble(line) for line in program.listing().splitlines()] == program.words
+    assert {decode(word)[0].opcode for word in program.words} <= set(OPCODES)
+    assert "layer 0 attention, layers.0.k" in program.describe(find(program, "loadw"))
+    assert "outside the program" in program.describe(10**6)
