@@ -1,4 +1,4 @@
-"""The register map: declared once; the hardware (`hw/blocks/csr.py`), the drivers and `docs/registers.md` derive from it.
+"""The register map: declared once; hardware (`hw/blocks/csr.py`), drivers and `docs/registers.md` derive from it.
 
 Plain Python. Registers are 32 bits at byte addresses in 4 KiB. A register of 64 bits is two words, low word first;
 reading the low word of a counter keeps its high word until it is read, so that the pair belongs together.
@@ -120,7 +120,9 @@ COUNTERS = (
     ("SATURATIONS", "values clipped by an alignment"),
 )  #: 64-bit counters of events, cleared at start
 
-CAPABILITIES = ("IDENTITY", "VERSION", "CONFIG_HASH", "LANES", "COLUMNS", "PORTS", "PORT_BITS", "VECTOR_LANES", "TOKENS")
+CAPABILITIES = (
+    "IDENTITY", "VERSION", "CONFIG_HASH", "LANES", "COLUMNS", "PORTS", "PORT_BITS", "VECTOR_LANES", "TOKENS",
+)
 
 
 def capabilities(config: OverlayConfig) -> dict[str, int]:
@@ -146,7 +148,7 @@ MAP = (
     *(Register(f"ARG{i}", 0x01C + 4 * i, f"value of r{i + 1} at start") for i in range(7)),
     Register("MEMORY_LIMIT", 0x038, "superbeats of memory; an access at or beyond faults"),
     Register("WATCHDOG", 0x03C, "cycles without progress that fault; 0 is off"),
-    Register("INSTRUCTION_LIMIT", 0x040, "stop with done after so many dispatched instructions and idle units; 0 is off. "
+    Register("INSTRUCTION_LIMIT", 0x040, "stop with done after this many instructions and idle units; 0 is off. "
              "A cut between instructions that feed each other waits until the watchdog ends it"),
     Register("DEBUG_ADDRESS", 0x044, "buffer (31:28, DebugBuffer), row (27:8), 32-bit word of the row (7:0)"),
     Register("DEBUG_DATA", 0x048, "the selected word; only while the machine does not run", _RO),
