@@ -84,7 +84,8 @@ class AxiMemory:
         while True:
             await self._clock
             valid = bool(s("wvalid").value)
-            now = (s("wdata").value.to_unsigned(), s("wstrb").value.to_unsigned(), int(s("wlast").value)) if valid else None
+            payload = tuple(s(name).value for name in ("wdata", "wstrb", "wlast"))
+            now = tuple(int(value) for value in payload) if valid else None
             assert w_offered is None or now == w_offered, f"cycle {cycle()}: w changed before ready"
             w_offered = None if w_ready else now
             if valid and w_ready:

@@ -1,0 +1,203 @@
+"""KvBuffer delivers the tiles that its numpy model describes, whatever stalls, and its exponents are exact."""
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+from amaranth.back import rtlil
+from cocotb.triggers import ClockCycles, RisingEdge
+
+from skipopu.hw.blocks.kvbuf import KvBuffer, KvRequest, KvTile, KvWrite
+from skipopu.hw.config import PRESETS, OverlayConfig, preset
+from skipopu.sim.bench import Stall, StreamSink, StreamSource, bench, bench_parameters, cycle, pack, run_bench
+
+TINY = preset("tiny")
+WIDE = dataclasses.replace(TINY, name="wide", ports=8, lanes=8, columns=64, port_bits=64)  # TT/P = 8, one beat spans 8 tokens
+FLAT = dataclasses.replace(TINY, name="flat", ports=4, lanes=4 * 4, columns=32, port_bits=128, vector_lanes=4)
+CONFIGS = {config.name: config for config in (TINY, WIDE, FLAT)}
+
+CORNERS = [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x7BFF, 0xFBFF, 0x7C00, 0x7FFF, 0xFFFF, 0x3C00, 0x0401, 0x1400]
+
+
+def config_of_bench():
+    return OverlayConfig(**bench_parameters())
+
+
+def make_records(config, rng, heads, head_dim):
+    """uint16 [tokens, 2, heads, head_dim]: corner values, heads of zeros or subnormals only, and all exponents."""
+    shape = (config.tile_tokens, 2, heads, head_dim)
+    records = rng.integers(0, 1 << 16, shape, dtype=np.uint16)
+    kind = rng.integers(0, 6, shape[:3])
+    records[kind == 0] &= 0x8000
+    records[kind == 1] &= 0x83FF
+    records[kind == 2] = rng.choice(np.array(CORNERS, np.uint16), records[kind == 2].shape)
+    near = kind == 3  # exponents close to each other, as in real heads
+    records[near] = (records[near] & 0x8FFF) | 0x3000
+    return records
+
+
+def superbeats(config, records, record):
+    """The words of a KV tile, as KvWrite: beat b of tokens r*P .. r*P + P-1 at r*record + b; padding is noise."""
+    tokens = records.shape[0]
+    words = np.full((tokens, record, config.beat_elements), 0x5555, np.uint16)
+    used = records.reshape(tokens, -1, config.beat_elements)
+    words[:, :used.shape[1]] = used
+    words = words.reshape(tokens // config.ports, config.ports, record, -1).transpose(0, 2, 1, 3)
+    flat = words.reshape(-1, config.ports * config.beat_elements)
+    return [{"data": int.from_bytes(line.astype("<u2").tobytes(), "little"), "last": i == len(flat) - 1}
+            for i, line in enumerate(flat)]
+
+
+def expected_tile(config, mantissas, value, head, n, k):
+    """KvTile dicts of one request."""
+    lanes, columns, tokens = config.lanes, config.columns, mantissas.shape[0]
+    padded = np.zeros((tokens, columns * (n + 1) + mantissas.shape[3]), int)
+    padded[:, :mantissas.shape[3]] = mantissas[:, value, head]
+    if value:
+        block = padded[k * lanes:(k + 1) * lanes, n * columns:(n + 1) * columns]
+    else:
+        block = padded[n * columns:(n + 1) * columns, k * lanes:(k + 1) * lanes]
+    rows, width = block.shape
+    block = block.reshape(rows // config.ports, config.ports, width // config.beat_elements, config.beat_elements)
+    block = block.transpose(0, 2, 1, 3).reshape(-1, config.ports * config.beat_elements)
+    return [{"data": line.tolist(), "last": int(i == len(block) - 1)} for i, line in enumerate(block)]
+
+
+def all_requests(config, slot, heads, head_dim):
+    keys = [(n, k) for n in range(config.tile_tokens // config.columns) for k in range(head_dim // config.lanes)]
+    values = [(n, k) for n in range(-(-head_dim // config.columns)) for k in range(config.tile_tokens // config.lanes)]
+    return [{"slot": slot, "value": value, "head": head, "n": n, "k": k}
+            for head in range(heads) for value, places in ((0, keys), (1, values)) for n, k in places]
+
+
+def as_exponents(bits, tokens):
+    return [bits >> 5 * t & 31 for t in range(tokens)]
+
+
+async def pulse(dut, signal):
+    signal.value = 1
+    await RisingEdge(dut.clk)
+    signal.value = 0
+
+
+async def write_tile(dut, config, source, records, record):
+    """Send a tile whose dimensions the side signals announce, as the load unit does; return when it is written."""
+    dut.heads.value, dut.record.value = records.shape[2], record
+    dut.head_beats.value = records.shape[3] // config.beat_elements
+    source.send(superbeats(config, records, record))
+    await source.sent()
+
+
+def shapes(config, rng):
+    """(heads, head_dim, record): corners of the capacity first."""
+    heads_of = {1: config.kvbuf_heads, 2: config.kvbuf_heads // 2}
+    yield 1, config.lanes, 2 * config.lanes // config.beat_elements
+    for blocks, heads in heads_of.items():
+        heads = min(heads, 4)
+        yield heads, blocks * config.lanes, 2 * heads * blocks * config.lanes // config.beat_elements + 3
+    for _ in range(2):
+        heads, blocks = rng.integers(1, 4), rng.integers(1, 6)
+        yield int(heads), int(blocks * config.lanes), int(2 * heads * blocks * config.lanes // config.beat_elements)
+
+
+@bench(stall=Stall, seed=[1], timeout_cycles=100_000)
+async def tiles_match_the_model(dut, stall, seed):
+    config = config_of_bench()
+    rng = np.random.default_rng(seed)
+    sink = StreamSink(dut, "tile", shape=KvTile(config), stall=stall, seed=seed)
+    requests = StreamSource(dut, "request", shape=KvRequest(config), stall=stall, seed=seed)
+    source = StreamSource(dut, "write", shape=KvWrite(config), stall=stall, seed=seed)
+    for index, (heads, head_dim, record) in enumerate(shapes(config, rng)):
+        slot = index % 2
+        records = make_records(config, rng, heads, head_dim)
+        exponents, mantissas = KvBuffer.model(records)
+        asked = all_requests(config, slot, heads, head_dim)
+        requests.send(asked)  # before the tile is there
+        await write_tile(dut, config, source, records, record)
+        for request in asked:
+            want = expected_tile(config, mantissas, *(request[name] for name in ("value", "head", "n", "k")))
+            got = await sink.take(len(want))
+            assert got == want, f"{(heads, head_dim, record)} {request}"
+        assert int(dut.full.value) == 1 << slot
+        for head in range(heads):
+            for part, side in enumerate("kv"):
+                getattr(dut, f"{side}_slot").value, getattr(dut, f"{side}_head").value = slot, head
+                await ClockCycles(dut.clk, 2)
+                got = as_exponents(getattr(dut, f"{side}_exponents").value.to_unsigned(), config.tile_tokens)
+                assert got == exponents[:, part, head].tolist()
+        await pulse(dut, dut.release)
+    assert await sink.rest() == []
+    assert int(dut.full.value) == 0
+
+
+@bench()
+async def holds_two_tiles_and_fills_one_while_the_other_is_read(dut):
+    config = config_of_bench()
+    rng = np.random.default_rng(3)
+    tiles = [make_records(config, rng, 2, config.lanes) for _ in range(3)]
+    record = 4 * config.lanes // config.beat_elements
+    dut.heads.value, dut.record.value, dut.head_beats.value = 2, record, config.lanes // config.beat_elements
+    source = StreamSource(dut, "write", shape=KvWrite(config))
+    length = len(superbeats(config, tiles[0], record))
+    for tile in tiles:
+        source.send(superbeats(config, tile, record))
+    await ClockCycles(dut.clk, 3 * length + 20)
+    assert int(dut.full.value) == 3 and int(dut.write__ready.value) == 0
+    sink = StreamSink(dut, "tile", shape=KvTile(config))
+    requests = StreamSource(dut, "request", shape=KvRequest(config))
+    for index, tile in enumerate(tiles):
+        slot = index % 2
+        asked = all_requests(config, slot, 2, config.lanes)
+        requests.send(asked)
+        want = [line for r in asked
+                for line in expected_tile(config, KvBuffer.model(tile)[1], r["value"], r["head"], r["n"], r["k"])]
+        assert await sink.take(len(want)) == want
+        await pulse(dut, dut.release)  # the third tile moves in
+    await source.sent()
+
+
+@bench()
+async def delivers_a_superbeat_in_every_cycle(dut):
+    config = config_of_bench()
+    rng = np.random.default_rng(4)
+    records = make_records(config, rng, 2, 2 * config.lanes)
+    source = StreamSource(dut, "write", shape=KvWrite(config))
+    started = cycle()
+    await write_tile(dut, config, source, records, 8 * config.lanes // config.beat_elements)
+    written = cycle() - started
+    assert written <= config.tile_tokens // config.ports * 8 * config.lanes // config.beat_elements + 1
+    await ClockCycles(dut.clk, 10)
+    sink = StreamSink(dut, "tile", shape=KvTile(config))
+    asked = all_requests(config, 0, 2, 2 * config.lanes)
+    started = cycle()
+    StreamSource(dut, "request", shape=KvRequest(config)).send(asked)
+    total = len(asked) * config.lanes * config.columns // (config.ports * config.beat_elements)
+    await sink.take(total)
+    first = started + 1 + KvBuffer.latency
+    assert sink.cycles == list(range(first, first + total))
+
+
+def test_model_rounds_halves_away_from_zero():
+    """Aligned by hand: 1.0 next to 2^11 is half a unit, next to 2^12 less; subnormals count from exponent 1."""
+    head = np.array([[[[0x6800, 0x3C00, 0xBC00, 0x3BFF]]]], np.uint16)
+    assert KvBuffer.model(head)[1].tolist() == [[[[1024, 1, -1, 0]]]]
+    head = np.array([[[[0x6C00, 0x3C00, 0xBC00, 0x8000]]]], np.uint16)
+    assert KvBuffer.model(head)[1].tolist() == [[[[1024, 0, 0, 0]]]]
+    head = np.array([[[[0x0001, 0x83FF, 0x0000, 0x0400]]]], np.uint16)
+    assert KvBuffer.model(head)[0].tolist() == [[[1]]] and KvBuffer.model(head)[1].tolist() == [[[[1, -1023, 0, 1024]]]]
+    head = np.array([[[[0x7FFF, 0xFFFF, 0x7BFF, 0x7800]]]], np.uint16)
+    assert KvBuffer.model(head)[0].tolist() == [[[31]]]
+    assert KvBuffer.model(head)[1].tolist() == [[[[2047, -2047, 1024, 512]]]]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tiles(name):
+    config = CONFIGS[name]
+    run_bench(KvBuffer(config=config), tiles_match_the_model, holds_two_tiles_and_fills_one_while_the_other_is_read,
+              delivers_a_superbeat_in_every_cycle, parameters=dataclasses.asdict(config))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_elaborates(name):
+    assert "module" in rtlil.convert(KvBuffer(config=preset(name)), name="top", emit_src=False)
