@@ -1,7 +1,7 @@
 """An overlay in plain floats: a Device that runs compiled programs in float64, KV records in FP16.
 
-It knows the instruction set and the memory layout but none of the overlay's arithmetic, so a program that disagrees with
-the float reference here is compiled wrongly.
+It knows the instruction set and the memory layout but none of the overlay's arithmetic, so a program that disagrees
+with the float reference here is compiled wrongly.
 """
 
 import numpy as np
