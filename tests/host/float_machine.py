@@ -5,11 +5,10 @@ with the float reference here is compiled wrongly.
 """
 
 import numpy as np
-from skipopu.host.device import Device
 from skipopu.host.passes.check import Arguments, walk
 from skipopu.host.program import WORD_BYTES, Note, Program
+from skipopu.host.software_device import Outcome, SoftwareDevice
 from skipopu.hw.isa import Destination, MatmulMode, RowScale
-from skipopu.hw.registers import CAPABILITIES, Control, FaultCause, Status, address, capabilities
 
 __all__ = ["FloatDevice", "unpack_weights"]
 
@@ -47,53 +46,30 @@ def unpack_weights(config, mode, stream, n_tiles, k_tiles):
     return codes, scale, minimum
 
 
-class FloatDevice(Device):
+class FloatDevice(SoftwareDevice):
     """``fail`` = (cause, instruction index) makes the next run end with that fault."""
 
     def __init__(self, config, memory_bytes, seed=0):
-        self.config, self.memory_bytes = config, memory_bytes
+        super().__init__(config, memory_bytes)
         # what was never written holds noise: a program must not depend on it
         self.ports = np.random.default_rng(seed).integers(0, 124, (config.ports, memory_bytes), dtype=np.uint8)
+        self.memories = list(self.ports)
         self.fail = None
         self.runs = 0
         self._weights = {}
-        self.reset()
 
-    def reset(self):
-        self.csr = {address(name): value for name, value in zip(CAPABILITIES, capabilities(self.config).values())}
-
-    def csr_read(self, offset):
-        return self.csr.get(offset, 0)
-
-    def csr_write(self, offset, value):
-        self.csr[offset] = value
-        if offset == address("CTRL") and value & Control.START:
-            self._run()
-
-    def read_memory(self, port, address, size):
-        return self.ports[port, address : address + size].copy()
-
-    def write_memory(self, port, address, data):
-        self.ports[port, address : address + len(data)] = data
-
-    def _run(self):
+    def execute(self, run):
         self.runs += 1
         if self.fail:
-            cause, pc = self.fail
-            self.csr |= {address("STATUS"): Status.FAULT, address("FAULT"): FaultCause(cause), address("FAULT_PC"): pc}
-            return
-        start, length = self.csr[address("PROGRAM")], self.csr[address("PROGRAM_LENGTH")]
-        words = Program.words_from_bytes(self.ports[0, start : start + length * WORD_BYTES].tobytes())
-        arguments = Arguments(*(self.csr[address(f"ARG{index}")] for index in range(4)))
-        table = [self.csr.get(address("TOKEN_TABLE", index), 0) for index in range(self.config.tokens)]
-        core = _Core(self)
-        count = 0
-        for _, mnemonic, _, fields in walk(Program(words, [Note(-1, "")] * length), arguments, table):
+            return Outcome(registers={}, fault=(*self.fail, 0))
+        words = Program.words_from_bytes(self.ports[0, run.program : run.program + run.length * WORD_BYTES].tobytes())
+        program = Program(words, [Note(-1, "")] * run.length)
+        core, count = _Core(self), 0
+        for _, mnemonic, _, fields in walk(program, Arguments(*run.arguments[:4]), run.tokens):
             count += 1
             if hasattr(core, mnemonic):
                 getattr(core, mnemonic)(fields)
-        self.csr[address("INSTRUCTIONS")] = count
-        self.csr[address("ARGMAX_INDEX")] = core.best
+        return Outcome(registers={"INSTRUCTIONS": count, "ARGMAX_INDEX": core.best})
 
     def superbeats(self, first, count):
         """uint8 [count, W]."""

@@ -10,7 +10,7 @@ from skipopu.host.errors import DeviceError, RequestError
 from skipopu.host.runtime import Accelerator
 from skipopu.host.sampling import Sampler, Sampling
 from skipopu.hw.config import preset
-from skipopu.hw.registers import FaultCause, address
+from skipopu.hw.registers import FaultCause, Status, address
 
 CONFIG = preset("tiny")
 PROMPT = [5, 17, 60, 2, 9, 33]
@@ -145,8 +145,8 @@ def test_device_of_another_configuration(compiled):
         Accelerator(FloatDevice(other, 1 << 20), compiled)
 
 
-def test_device_that_says_it_is_something_else(device, compiled):
-    device.csr[address("LANES")] = 64
+def test_device_that_says_it_is_something_else(device, compiled, monkeypatch):
+    monkeypatch.setitem(device._registers, address("LANES"), 64)
     with pytest.raises(DeviceError, match="register LANES must read 0x8 for configuration tiny, not 0x40"):
         Accelerator(device, compiled)
 
@@ -156,8 +156,9 @@ def test_device_with_too_little_memory(compiled):
         Accelerator(FloatDevice(CONFIG, 4096), compiled)
 
 
-def test_device_that_never_finishes(compiled, device):
+def test_device_that_never_finishes(compiled, device, monkeypatch):
     accelerator = Accelerator(device, compiled, timeout=0.01)
-    device.csr_write(address("STATUS"), 1)
+    monkeypatch.setattr(device, "start", lambda: None)
+    monkeypatch.setitem(device._registers, address("STATUS"), Status.RUNNING)
     with pytest.raises(DeviceError, match="did not finish within 0.01 s; it is at instruction 0"):
         accelerator.prefill(PROMPT)
