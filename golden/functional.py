@@ -1,0 +1,389 @@
+"""The functional level: runs overlay programs instruction by instruction, equal to the hardware bit for bit.
+
+Units that work beside each other in hardware run here one instruction after another in program order; hazards, queues
+and time do not exist. Weights and KV tiles are unpacked once and kept until memory changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import numpy as np
+import torch
+from skipopu.hw.config import OverlayConfig
+from skipopu.hw.isa import Condition, Instruction, IsaError, MatmulMode, Unit, decode
+from skipopu.hw.registers import FaultCause
+
+from .arithmetic import from_int
+from .operands import (
+    KvTile,
+    OperandCache,
+    ProgramError,
+    WeightTiles,
+    linear,
+    unpack_kv,
+    unpack_weights,
+    weight_superbeats,
+)
+from .state import BeatStream, MachineFault, MachineState, Write, nest
+from .vector import VectorUnit
+
+__all__ = ["COUNTERS", "FunctionalMachine", "MachineFault", "ProgramError", "Write"]
+
+COUNTERS = ("instructions", "saturations", "weights_read", "kv_read", "activations_read", "kv_written",
+            "logits_written")
+WORD_BYTES = 32
+SLOTS = 2  #: KV tiles that the KV buffer holds
+Observer = Callable[[int, Instruction, dict[str, int], list[Write]], None]
+
+
+def _signed(value: int, bits: int) -> int:
+    """The low ``bits`` of value as a two's complement number."""
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if value >> (bits - 1) else value
+
+
+class FunctionalMachine(MachineState):
+    """One overlay on the memories of its ports.
+
+    memories : one writable uint8 array per port; a superbeat is one port beat of each at the same address
+    threads : of the matrix products (torch); more than one only pays on an otherwise idle machine
+    cache_bytes : most memory spent on unpacked weights and KV tiles
+
+    observer : called after each instruction with (pc, instruction, fields with registers added, writes)
+    counters : of the last run, COUNTERS; bytes where they are read or written
+    registers, pc : scalar registers and the instruction dispatched last
+    """
+
+    def __init__(self, config: OverlayConfig, memories: Sequence[np.ndarray], threads: int = 1,
+                 cache_bytes: int = 2 << 30) -> None:
+        if len(memories) != config.ports:
+            raise ValueError(f"{config.name} has {config.ports} memory ports, {len(memories)} memories were given")
+        super().__init__(config)
+        self.memories, self.threads = list(memories), threads
+        self.cache = OperandCache(cache_bytes)
+        self.observer: Observer | None = None
+        self.registers = [0] * 16
+        self.counters = dict.fromkeys(COUNTERS, 0)
+        self.pc = 0
+        self.limit = 0
+        self._words: dict[bytes, tuple[Instruction, dict[str, int]]] = {}
+        self._per_beat = config.port_bits // 8
+        per_tile = config.columns // config.vector_lanes
+        self._results, self._logits = BeatStream(per_tile), BeatStream(per_tile)
+        self._vector = VectorUnit(self, self._results, self._logits, self._fail, self._value_exponent)
+        self._weights: list[tuple[int, int]] = []  # (address, superbeats) not yet consumed
+        self._tiles: list[KvTile] = []  # oldest first
+        self._scored = 0  # tiles of _tiles whose QK is done
+        self._units = {"loadw": self._loadw, "loada": self._loada, "loadkv": self._loadkv, "matmul": self._matmul,
+                       "storekv": self._storekv, "storel": self._storel}
+
+    # ---- running
+
+    def run(self, program_address: int, length: int, args: Sequence[int] = (), tokens: Sequence[int] = (),
+            instruction_limit: int | None = None, limit: int | None = None) -> None:
+        """Run a program of ``length`` words at a byte address of port 0 until HALT, or for ``instruction_limit``.
+
+        args : r1, r2, ... (up to 7, others 0); tokens : the token table (others 0)
+        limit : superbeats of memory, by default what the shortest memory holds
+        Raises MachineFault where the hardware stops with a fault, ProgramError where its behaviour is undefined. A
+        consumer whose producer does not stand before it is a WATCHDOG fault. Buffers keep their contents between runs.
+        """
+        if len(args) > 7 or len(tokens) > self.config.tokens:
+            raise ValueError(f"at most 7 arguments and {self.config.tokens} tokens, not {len(args)} and {len(tokens)}")
+        self.limit = min(len(memory) for memory in self.memories) // self._per_beat if limit is None else limit
+        self.registers = [0, *(_signed(value, 32) for value in args), *[0] * (15 - len(args))]
+        self._table = [*tokens, *[0] * (self.config.tokens - len(tokens))]
+        self.counters = dict.fromkeys(COUNTERS, 0)
+        self.saturations = 0
+        self._weights.clear()
+        self._results.items.clear()
+        self._logits.items.clear()
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            self._run(program_address, length, instruction_limit)
+        finally:
+            torch.set_num_threads(before)
+            self.counters["saturations"] = self.saturations
+
+    def reset(self) -> None:
+        """State after power-up; memories and what was unpacked from them are kept."""
+        super().__init__(self.config)
+        self._tiles.clear()
+        self._scored = 0
+
+    def invalidate(self, address: int | None = None, size: int = 0) -> None:
+        """Forget what was unpacked from these bytes of any port (all, without arguments): call after writing memory."""
+        if address is None:
+            self.cache.invalidate(0, 1 << 64)
+        else:
+            self.cache.invalidate(address // self._per_beat, -(-(address + size) // self._per_beat))
+
+    def _run(self, program_address: int, length: int, instruction_limit: int | None) -> None:
+        r, pc = self.registers, 0
+        while not instruction_limit or self.counters["instructions"] < instruction_limit:
+            self._at = pc
+            item, raw = self._fetch(program_address, pc, length)
+            values = raw | {
+                "imm": _signed(raw["imm"] + r[raw["imm_reg"]], 32), "rows": raw["rows"] + r[raw["rows_reg"]] & 0xFFF,
+                "x": _signed(raw["x"] + r[raw["x_reg"]], 16),
+            }
+            self.counters["instructions"] += 1
+            following, writes = pc + 1, []
+            if item.mnemonic == "halt":
+                self._check_idle()
+            elif item.mnemonic == "branch":
+                if self._taken(raw):
+                    following = raw["imm"] & 0xFFFFFFFF
+                    if following >= length:
+                        self._fail(FaultCause.FETCH_RANGE, f"branch to {following} in a program of {length}")
+                values = raw
+            elif item.unit == Unit.CONTROL:
+                writes, values = self._scalar(item.mnemonic, raw), raw
+            elif item.unit == Unit.VECTOR:
+                writes = self._vector.execute(item.mnemonic, values)
+            else:
+                writes = self._units[item.mnemonic](values)
+            self.pc = pc
+            if self.observer:
+                self.observer(pc, item, values, writes)
+            if item.mnemonic == "halt":
+                return
+            pc = following
+
+    def _fetch(self, program_address: int, pc: int, length: int) -> tuple[Instruction, dict[str, int]]:
+        if pc >= length:
+            self._fail(FaultCause.FETCH_RANGE, f"the program has {length} instructions")
+        start = program_address + pc * WORD_BYTES
+        word = self.memories[0][start : start + WORD_BYTES].tobytes()
+        if len(word) < WORD_BYTES:
+            self._fail(FaultCause.FETCH_ERROR, f"no memory at byte {start} of port 0")
+        if word not in self._words:
+            try:
+                self._words[word] = decode(int.from_bytes(word, "little"))
+            except IsaError as error:
+                self._fail(FaultCause.ILLEGAL_OPCODE, str(error))
+        return self._words[word]
+
+    def _fail(self, cause: FaultCause, detail: str, port: int = 0) -> NoReturn:
+        raise MachineFault(cause, self._at, detail, port)
+
+    def _check_idle(self) -> None:
+        for what, left in (("superbeats of weights", sum(count for _, count in self._weights)),
+                           ("beats of matmul results", len(self._results)), ("beats of logits", len(self._logits))):
+            if left:
+                self._fail(FaultCause.WATCHDOG, f"halt with {left} {what} that nothing consumes")
+
+    # ---- control unit
+
+    def _taken(self, raw: dict[str, int]) -> bool:
+        left, right = self.registers[raw["rows_reg"]], self.registers[raw["x_reg"]]
+        return {Condition.EQ: left == right, Condition.NE: left != right, Condition.LT: left < right,
+                Condition.GE: left >= right}[Condition(raw["condition"])]
+
+    def _scalar(self, mnemonic: str, raw: dict[str, int]) -> list[Write]:
+        left, right, shift = self.registers[raw["imm_reg"]], self.registers[raw["rows_reg"]], raw["rows"] & 31
+        if mnemonic == "token":
+            if not 0 <= left < self.config.tokens:
+                self._fail(FaultCause.TOKEN_RANGE, f"index {left} of a table of {self.config.tokens}")
+            result = self._table[left]
+        else:
+            result = {"addi": raw["imm"] + left, "add": left + right, "sub": left - right, "shli": left << shift,
+                      "shri": left >> shift, "muli": left * raw["x"], "min": min(left, right)}[mnemonic]
+        if raw["rd"]:
+            self.registers[raw["rd"]] = _signed(result, 32)
+        return [Write("register", np.array([raw["rd"]]))]
+
+    # ---- load unit
+
+    def _range(self, address: int, count: int, port: int = 0) -> None:
+        if address < 0 or address + count > self.limit:
+            self._fail(FaultCause.MEMORY_RANGE,
+                       f"superbeats {address}..{address + count - 1}, memory has {self.limit}", port)
+
+    def _loadw(self, values: dict[str, int]) -> list[Write]:
+        self._range(values["imm"], values["count"])
+        self._weights.append((values["imm"], values["count"]))
+        self.counters["weights_read"] += values["count"] * self.config.superbeat_bytes
+        return []
+
+    def _loada(self, values: dict[str, int]) -> list[Write]:
+        rows, count, beats = values["rows"], values["count"], values["beats"]
+        self._range(values["imm"], rows * count)
+        target = (values["x"] & 0xFFFF) + np.arange(rows)[:, None] * values["dst_stride"] + np.arange(beats)
+        if target.max(initial=-1) >= self.config.abuf_rows:
+            self._fail(FaultCause.BUFFER_RANGE, f"abuf row {target.max()} of {self.config.abuf_rows}")
+        lanes = self.config.vector_lanes
+        if beats * lanes * 4 > count * self.config.superbeat_bytes:
+            raise ProgramError(f"loada.beats must fit in {count} superbeats, not be {beats}")
+        data = linear(self.config, self.memories, values["imm"], rows * count).reshape(rows, -1).view(np.uint32)
+        self.load_abuf(target, data[:, : beats * lanes].reshape(rows, beats, lanes))
+        self.counters["activations_read"] += rows * count * self.config.superbeat_bytes
+        return [Write("abuf", target.ravel())]
+
+    def _loadkv(self, values: dict[str, int]) -> list[Write]:
+        config, key = self.config, tuple(values[name] for name in ("imm", "heads", "head_beats", "record"))
+        address, heads, head_beats, record = key
+        count = config.tile_tokens // config.ports * record
+        self._range(address, count)
+        dims = head_beats * config.beat_elements
+        if not heads or not head_beats or dims % config.lanes or 2 * heads * head_beats > record:
+            raise ProgramError(f"loadkv: {heads} heads of {head_beats} beats (whole lanes) must fit "
+                               f"a record of {record}")
+        if heads * dims // config.lanes > config.kvbuf_heads:
+            self._fail(FaultCause.BUFFER_RANGE, f"{heads} KV heads of {dims}, the KV buffer has {config.kvbuf_heads} "
+                                                f"x {config.lanes}")
+        self._tiles.append(self.cache.get(("kv", *key), [(address, address + count)],
+                                          lambda: unpack_kv(config, self.memories, *key)))
+        self.counters["kv_read"] += count * config.superbeat_bytes
+        return []
+
+    # ---- compute unit
+
+    def _matmul(self, values: dict[str, int]) -> list[Write]:
+        config, k_tiles = self.config, values["k_tiles"]
+        span = nest(values["heads"], values["groups"], values["rows"], k_tiles, values["head_stride"],
+                    values["group_stride"], values["row_stride"])
+        if not span.offset.size or not values["n_tiles"]:
+            raise ProgramError("matmul: heads, groups, rows, n_tiles and k_tiles must be at least 1")
+        width = values["beats"] * config.vector_lanes
+        if width > values["n_tiles"] * config.columns or width <= (values["n_tiles"] - 1) * config.columns:
+            raise ProgramError(f"matmul.beats must reach into the last of {values['n_tiles']} column tiles, "
+                               f"not be {values['beats']}")
+        if values["groups"] * values["rows"] > config.acc_rows or values["x"] < 0 or (
+                values["x"] + span.span > config.mbuf_rows):
+            self._fail(FaultCause.BUFFER_RANGE, f"{values['groups']} x {values['rows']} accumulator rows, mbuf rows "
+                                                f"{values['x']}..{values['x'] + span.span - 1}")
+        rows = values["x"] + span.offset  # [h, g, t, k]
+        emax = self.mbuf_emax[rows[..., 0]].astype(np.int64)  # [h, g, t]
+        drop = self.mbuf_exponents[rows] - emax[..., None, None]
+        if drop.max() > 0:
+            raise ProgramError("matmul reads a vector whose first row is not the first row of an aligned vector")
+        # A block whose shift is 63 or more contributes 0 or -1 at any such shift, so powers of two stay ordinary.
+        scale = np.ldexp(1.0, np.maximum(drop, -63))  # [h, g, t, k, blocks]
+        x = self.mbuf[rows].reshape(*scale.shape, config.block) * scale[..., None]
+        heads, shape = values["heads"], emax.shape
+        # to [h, blocks, rows, block]
+        x = x.reshape(heads, -1, scale.shape[-2] * scale.shape[-1], config.block).swapaxes(1, 2)
+        mode = values["mode"]
+        if mode in (MatmulMode.W4, MatmulMode.W4M, MatmulMode.W8):
+            sums = (self.mbuf_sums[rows] * scale).reshape(heads, -1, x.shape[1])  # [h, rows, blocks]
+            acc = np.stack([_weighted(tiles, part, total) for tiles, part, total in
+                            zip(self._operand(MatmulMode(mode), values), x, sums)])[..., :width]
+            exponent = emax[..., None] + values["scale_exponent"] - 39
+        elif mode in (MatmulMode.QK, MatmulMode.PV):
+            acc, exponent = self._attend(mode, x, width, emax)
+        else:
+            raise ProgramError(f"matmul.mode must be a MatmulMode, not {mode}")
+        y = from_int(acc.reshape(*shape, width), exponent)
+        self._results.put(y.reshape(*shape, -1, config.vector_lanes))
+        return []
+
+    def _operand(self, mode: MatmulMode, values: dict[str, int]) -> list[WeightTiles]:
+        """The next weight stream, unpacked; one item per head."""
+        sizes = values["heads"], values["n_tiles"], values["k_tiles"]
+        need = weight_superbeats(self.config, mode, sizes[0] * sizes[1] * sizes[2])
+        ranges, missing = [], need
+        while missing and self._weights:
+            address, count = self._weights.pop(0)
+            used = min(count, missing)
+            ranges.append((address, used))
+            missing -= used
+            if used < count:
+                self._weights.insert(0, (address + used, count - used))
+        if missing:
+            self._fail(FaultCause.WATCHDOG, f"needs {need} superbeats of weights, {missing} are missing")
+
+        def build() -> list[WeightTiles]:
+            stream = np.concatenate([linear(self.config, self.memories, *part) for part in ranges])
+            return unpack_weights(self.config, mode, stream, *sizes, values["scale_exponent"])
+
+        key = ("weights", mode, *sizes, values["scale_exponent"], *ranges)
+        return self.cache.get(key, [(address, address + count) for address, count in ranges], build)
+
+    def _attend(self, mode: int, x: np.ndarray, width: int, emax: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """QK or PV: (accumulators [h, rows, width], exponents [h, g, t, width or 1])."""
+        place = self._scored if mode == MatmulMode.QK else 0
+        if place >= min(len(self._tiles), SLOTS) or mode == MatmulMode.PV and not self._scored:
+            self._fail(FaultCause.WATCHDOG, f"{MatmulMode(mode).name} without a KV tile ({len(self._tiles)} loaded, "
+                                            f"{self._scored} scored)")
+        tile = self._tiles[place]
+        operand = tile.key if mode == MatmulMode.QK else tile.value
+        if operand.shape[0] < x.shape[0] or operand.shape[1] != x.shape[1]:
+            raise ProgramError(f"matmul {MatmulMode(mode).name} of {x.shape[0]} heads x {x.shape[1]} blocks does not "
+                               f"fit the KV tile: {operand.shape[0]} x {operand.shape[1]}")
+        dots = x @ operand[: x.shape[0]].astype(np.float64)  # [h, blocks, rows, columns]
+        dots *= 1024
+        acc = np.floor(dots, out=dots).sum(1)
+        if acc.shape[-1] < width:
+            acc = np.pad(acc, ((0, 0), (0, 0), (0, width - acc.shape[-1])))
+        acc = acc[..., :width]
+        if mode == MatmulMode.PV:
+            self._tiles.pop(0)
+            self._scored -= 1
+            return acc, emax[..., None] - 20
+        self._scored += 1
+        return acc, emax[..., None] + tile.key_exponent[: x.shape[0], None, None, :width] - 45
+
+    def _value_exponent(self) -> np.ndarray:
+        if not self._tiles:
+            self._fail(FaultCause.WATCHDOG, "probabilities without a KV tile")
+        return self._tiles[0].value_exponent
+
+    # ---- store unit
+
+    def _storekv(self, values: dict[str, int]) -> list[Write]:
+        record, beat, ports = values["record"], self._per_beat, self.config.ports
+        if values["rows"] * record > self.config.kvout_rows:
+            self._fail(FaultCause.BUFFER_RANGE, f"kvout row {values['rows'] * record - 1} of {self.config.kvout_rows}")
+        if values["x"] < 0:
+            raise ProgramError(f"storekv: position must not be negative, but is {values['x']}")
+        data = self.kvout.view(np.uint8).reshape(-1, beat)
+        addresses = []
+        for t in range(values["rows"]):
+            row, port = divmod(values["x"] + t, ports)
+            address = values["imm"] + row * record
+            self._range(address, record, port)
+            new = data[t * record : (t + 1) * record].ravel()
+            self.memories[port][address * beat : (address + record) * beat] = new
+            addresses.append(address)
+        if addresses:
+            self.cache.invalidate(min(addresses), max(addresses) + record)
+        self.counters["kv_written"] += values["rows"] * record * beat
+        return [Write("memory", np.unique(np.array(addresses, np.int64)[:, None] + np.arange(record)))]
+
+    def _storel(self, values: dict[str, int]) -> list[Write]:
+        config, beat, count = self.config, self._per_beat, values["rows"] * values["count"]
+        self._range(values["imm"], count)
+        beats = count * config.superbeat_bytes // (4 * config.vector_lanes)
+        flat = self._logits.take_flat(beats)
+        if flat is None:
+            self._fail(FaultCause.WATCHDOG, f"needs {beats} beats of logits, {len(self._logits)} are there")
+        data = np.ascontiguousarray(flat, np.float32).view(np.uint8).reshape(count, config.ports, beat)
+        for port, memory in enumerate(self.memories):
+            memory[values["imm"] * beat : (values["imm"] + count) * beat] = data[:, port].ravel()
+        self.cache.invalidate(values["imm"], values["imm"] + count)
+        self.counters["logits_written"] += count * config.superbeat_bytes
+        return [Write("memory", values["imm"] + np.arange(count))]
+
+
+def _weighted(tiles: WeightTiles, x: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """Accumulators float64 [rows, columns] of x float64 [blocks, rows, block], its sums [rows, blocks]; both scaled by
+    the block's power of two."""
+    planes = tiles.codes[0].shape[0] // len(x)
+    x = torch.from_numpy(np.ascontiguousarray(np.concatenate([x] * planes), np.float32))
+    columns = []
+    for chunk, (codes, scale) in enumerate(zip(tiles.codes, tiles.scale)):
+        dots = torch.bmm(x, torch.from_numpy(codes)).numpy()  # [planes * blocks, rows, columns], exact
+        acc = np.empty((dots.shape[1], dots.shape[2]))
+        term = np.empty_like(scale)
+        for row, total in enumerate(acc):
+            np.multiply(dots[:, row], scale, out=term)
+            np.floor(term, out=term).sum(0, out=total)
+            if tiles.minimum is not None:
+                np.multiply(sums[row][:, None], tiles.minimum[chunk], out=term)
+                total += np.floor(term, out=term).sum(0)
+        columns.append(acc)
+    return np.concatenate(columns, 1)

@@ -1,0 +1,167 @@
+"""Tile operands read from memory: weight streams and KV tiles, unpacked once and kept until memory changes.
+
+Codes are kept as float32 so that a matrix product forms the block dots: all partial sums are integers below 2^24 (times
+one power of two per block), hence exact in any order of addition.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from skipopu.hw.config import OverlayConfig
+from skipopu.hw.isa import MatmulMode
+
+from .arithmetic import align_kv, half_parts
+
+__all__ = ["KvTile", "OperandCache", "ProgramError", "WeightTiles", "linear", "unpack_kv", "unpack_weights",
+           "weight_superbeats"]
+
+_PLANES = {MatmulMode.W4: 1, MatmulMode.W4M: 1, MatmulMode.W8: 2}
+_CHUNK = 2048  #: columns multiplied together: keeps a row's scaled dots in the processor's cache
+
+
+class ProgramError(ValueError):
+    """A program whose effect the instruction set leaves undefined; the message names the field."""
+
+
+@dataclass(frozen=True)
+class WeightTiles:
+    """Unpacked weight stream of one head of a matmul, cut into chunks of columns.
+
+    codes : per chunk float32 [planes * blocks, block, columns], W4M 0..15, W8 high and low nibble as planes
+    scale : per chunk float64 [planes * blocks, columns], sig * 2^(es - scale_exponent)
+    minimum : per chunk, likewise [blocks, columns], or None
+    """
+
+    codes: list[np.ndarray]
+    scale: list[np.ndarray]
+    minimum: list[np.ndarray] | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in [*self.codes, *self.scale, *(self.minimum or [])])
+
+
+@dataclass(frozen=True)
+class KvTile:
+    """One KV tile: mantissas float32 and exponents int32 [heads, tokens].
+
+    key : [heads, dims / block, block, tokens]; value : [heads, tokens / block, block, dims]
+    """
+
+    key: np.ndarray
+    value: np.ndarray
+    key_exponent: np.ndarray
+    value_exponent: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        return self.key.nbytes + self.value.nbytes
+
+
+class OperandCache:
+    """Most recently used operands by key, each with the superbeats [first, last) it was read from."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.bytes = limit, 0
+        self.entries: OrderedDict[tuple, tuple[Any, list[tuple[int, int]]]] = OrderedDict()
+
+    def get(self, key: tuple, ranges: list[tuple[int, int]], build: Callable[[], Any]) -> Any:
+        """The operand under ``key``, built if it is not there."""
+        if key in self.entries:
+            self.entries.move_to_end(key)
+            return self.entries[key][0]
+        value = build()
+        self.entries[key] = value, ranges
+        self.bytes += _size(value)
+        while self.bytes > self.limit and len(self.entries) > 1:
+            self._drop(next(iter(self.entries)))
+        return value
+
+    def invalidate(self, first: int, last: int) -> None:
+        """Forget what was read from superbeats that overlap [first, last)."""
+        for key in [key for key, (_, ranges) in self.entries.items() if any(a < last and first < b for a, b in ranges)]:
+            self._drop(key)
+
+    def _drop(self, key: tuple) -> None:
+        self.bytes -= _size(self.entries.pop(key)[0])
+
+
+def _size(value: Any) -> int:
+    return sum(item.nbytes for item in (value if isinstance(value, list) else [value]))
+
+
+def linear(config: OverlayConfig, memories: list[np.ndarray], address: int, count: int) -> np.ndarray:
+    """Superbeats as one linear stream: uint8 [count, W]."""
+    beat = config.port_bits // 8
+    parts = [memory[address * beat : (address + count) * beat].reshape(count, beat) for memory in memories]
+    return np.stack(parts, 1).reshape(count, config.superbeat_bytes)
+
+
+def weight_superbeats(config: OverlayConfig, mode: MatmulMode, tiles: int) -> int:
+    """Superbeats of the weight stream of a matmul of so many (column, lane) tiles."""
+    chunk_beats, groups = config.scale_chunk(mode == MatmulMode.W4M)
+    return tiles * _PLANES[mode] * config.tile_beats + -(-tiles // groups) * chunk_beats
+
+
+def unpack_weights(config: OverlayConfig, mode: MatmulMode, stream: np.ndarray, heads: int, n_tiles: int, k_tiles: int,
+                   scale_exponent: int) -> list[WeightTiles]:
+    """The tiles of a matmul's weight stream, uint8 [superbeats, W], one `WeightTiles` per head.
+
+    Raises ProgramError if a scale's exponent exceeds ``scale_exponent``.
+    """
+    lanes, columns, blocks, planes = config.lanes, config.columns, config.blocks, _PLANES[mode]
+    with_minimum = mode == MatmulMode.W4M
+    chunk_beats, groups = config.scale_chunk(with_minimum)
+    tiles = heads * n_tiles * k_tiles
+    period = chunk_beats + groups * planes * config.tile_beats
+    periods = -(-tiles // groups)
+    padded = np.zeros((periods * period, config.superbeat_bytes), np.uint8)
+    padded[: len(stream)] = stream
+    padded = padded.reshape(periods, period * config.superbeat_bytes)
+    cut = chunk_beats * config.superbeat_bytes
+    kinds = 2 if with_minimum else 1
+    halves = np.ascontiguousarray(padded[:, :cut]).view(np.uint16).reshape(-1, kinds, blocks, columns)[:tiles]
+    packed = padded[:, cut:].reshape(-1, planes, columns, lanes // 2)[:tiles]  # column n of a tile: K / 2 bytes
+    nibbles = np.stack((packed & 15, packed >> 4), -1).reshape(heads, n_tiles, k_tiles, planes, columns, lanes)
+    signed = (nibbles.astype(np.int8) ^ 8) - 8
+    if with_minimum:
+        signed += 8
+    elif mode == MatmulMode.W8:
+        signed[:, :, :, 1] += 8
+    codes = signed.transpose(0, 3, 2, 5, 1, 4).reshape(  # [heads, planes, k, lanes, n, columns]
+        heads, planes * k_tiles * blocks, config.block, n_tiles * columns)
+    significand, field = half_parts(halves)
+    if int(field.max()) + 4 * (planes - 1) > scale_exponent:
+        raise ProgramError(f"matmul.scale_exponent must be at least {int(field.max()) + 4 * (planes - 1)}, the largest "
+                           f"exponent among the scales, not {scale_exponent}")
+    values = np.ldexp(significand.astype(np.float64), field - scale_exponent)
+    values = values.reshape(heads, n_tiles, k_tiles, kinds, blocks, columns).transpose(0, 3, 2, 4, 1, 5).reshape(
+        heads, kinds, k_tiles * blocks, n_tiles * columns)
+    scale = values[:, 0]
+    if planes == 2:
+        scale = np.concatenate((scale * 16, scale), 1)
+    cuts = [slice(first, first + _CHUNK) for first in range(0, n_tiles * columns, _CHUNK)]
+    return [WeightTiles([codes[h, :, :, part].astype(np.float32, order="C") for part in cuts],
+                        [np.ascontiguousarray(scale[h, :, part]) for part in cuts],
+                        [np.ascontiguousarray(values[h, 1, :, part]) for part in cuts] if with_minimum else None)
+            for h in range(heads)]
+
+
+def unpack_kv(config: OverlayConfig, memories: list[np.ndarray], address: int, heads: int, head_beats: int,
+              record: int) -> KvTile:
+    """The KV tile of tile_tokens records at a superbeat address."""
+    beat, rows = config.port_bits // 8, config.tile_tokens // config.ports
+    dims = head_beats * config.beat_elements
+    records = np.stack([memory[address * beat : (address + rows * record) * beat].view(np.uint16).reshape(rows, -1)
+                        for memory in memories], 1).reshape(config.tile_tokens, -1)
+    mantissa, exponent = align_kv(records[:, : 2 * heads * dims].reshape(config.tile_tokens, 2, heads, dims))
+    mantissa = mantissa.astype(np.float32)
+    return KvTile(
+        np.ascontiguousarray(mantissa[:, 0].transpose(1, 2, 0)).reshape(heads, -1, config.block, config.tile_tokens),
+        np.ascontiguousarray(mantissa[:, 1].transpose(1, 0, 2)).reshape(heads, -1, config.block, dims),
+        np.ascontiguousarray(exponent[:, 0].T), np.ascontiguousarray(exponent[:, 1].T))
