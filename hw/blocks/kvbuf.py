@@ -1,7 +1,7 @@
 """KV buffer: two tiles of keys and values, aligned to one exponent per (token, head) on their way to the array.
 
-Memory holds FP16; the array multiplies 12-bit integers. While a tile is written the largest exponent of each head of each
-token is found; while it is read every element is shifted to that exponent (docs/numerics.md, Keys and values).
+Memory holds FP16; the array multiplies 12-bit integers. While a tile is written the largest exponent of each head of
+each token is found; while it is read every element is shifted to that exponent (docs/numerics.md, Keys and values).
 
 A word of the buffer is one superbeat: beat b of the records of tokens r*P .. r*P + P-1, at address {slot, r, b}. All
 sizes are powers of two, so a tile's addresses are joined fields and one addition.
@@ -87,7 +87,12 @@ class KvBuffer(wiring.Component):
         rows = config.tile_tokens // config.ports
         beats = 2 * config.kvbuf_heads * config.lanes // config.beat_elements  # of a record, at most
         beat_bits, row_bits = beats.bit_length() - 1, rows.bit_length() - 1
-        words = [self.write.payload.data[16 * i:16 * i + 16] for i in range(config.ports * config.beat_elements)]
+
+        def elements(value, name):
+            # By port first: Amaranth's time for a slice grows with what it is cut from.
+            parts = [Signal(config.port_bits, name=f"{name}{p}") for p in range(config.ports)]
+            m.d.comb += Cat(*parts).eq(value)
+            return [part[16 * i:16 * i + 16] for part in parts for i in range(config.beat_elements)]
 
         m.submodules.tiles = tiles = Memory(shape=8 * config.superbeat_bytes, depth=2 * rows * beats, init=[])
         tile_write, tile_read = tiles.write_port(), tiles.read_port()
@@ -134,12 +139,13 @@ class KvBuffer(wiring.Component):
             with m.If(self.write.payload.last):
                 m.d.sync += [row.eq(0), write_slot.eq(~write_slot), taken.bit_select(write_slot, 1).eq(1)]
 
-        place = data.StructLayout({"slot": 1, "row": row.shape(), "head": 8, "part": 2, "first": 1, "ends": 1, "last": 1})
+        place = data.StructLayout({"slot": 1, "row": row.shape(), "head": 8, "part": 2, "first": 1, "ends": 1,
+                                   "last": 1})
         at = Signal(place)
         m.d.comb += [at.slot.eq(write_slot), at.row.eq(row), at.head.eq(head), at.part.eq(part),
                      at.first.eq(head_beat == 0), at.ends.eq(head_ends), at.last.eq(self.write.payload.last)]
-        valid = accept
-        levels = [[word[10:15] for word in words[p * config.beat_elements:][:config.beat_elements]]
+        valid, written = accept, elements(self.write.payload.data, "write_beat")
+        levels = [[word[10:15] for word in written[p * config.beat_elements:][:config.beat_elements]]
                   for p in range(config.ports)]
         while len(levels[0]) > 1:  # two comparisons per stage
             stage_valid, stage_at = Signal(), Signal(place)
@@ -220,8 +226,8 @@ class KvBuffer(wiring.Component):
                 m.d.sync += c_last.eq(b_side.last)
             with m.If(c_valid):
                 m.d.sync += self.tile.payload.last.eq(c_last)
-        for index in range(config.ports * config.beat_elements):
-            word = tile_read.data[16 * index:16 * index + 16]
+        mantissas = []
+        for index, word in enumerate(elements(tile_read.data, "read_beat")):
             field, hidden = word[10:15], word[10:15].any()
             shared = token_exponents.word_select(index // config.beat_elements, _ES)
             distance = Signal(_ES, name=f"distance{index}")
@@ -234,8 +240,10 @@ class KvBuffer(wiring.Component):
                     shift.eq(Mux(distance > _SIGNIFICAND, _SIGNIFICAND + 1, distance)),  # further is 0 as well
                 ]
             magnitude = (((significand << 1) >> shift) + 1) >> 1
+            mantissas.append(Signal(signed(KV_BITS), name=f"mantissa{index}"))
             with m.If(advance & c_valid):
-                m.d.sync += self.tile.payload.data[index].eq(Mux(sign, -magnitude, magnitude))
+                m.d.sync += mantissas[-1].eq(Mux(sign, -magnitude, magnitude))
+        m.d.comb += self.tile.payload.data.as_value().eq(Cat(*mantissas))
         return m
 
 

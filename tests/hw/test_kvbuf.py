@@ -1,23 +1,21 @@
 """KvBuffer delivers the tiles that its numpy model describes, whatever stalls, and its exponents are exact."""
 
 import dataclasses
-import random
 
 import numpy as np
 import pytest
 from amaranth.back import rtlil
 from cocotb.triggers import ClockCycles, RisingEdge
-
 from skipopu.hw.blocks.kvbuf import KvBuffer, KvRequest, KvTile, KvWrite
 from skipopu.hw.config import PRESETS, OverlayConfig, preset
-from skipopu.sim.bench import Stall, StreamSink, StreamSource, bench, bench_parameters, cycle, pack, run_bench
+from skipopu.sim.bench import Stall, StreamSink, StreamSource, bench, bench_parameters, cycle, run_bench
 
 TINY = preset("tiny")
-WIDE = dataclasses.replace(TINY, name="wide", ports=8, lanes=8, columns=64, port_bits=64)  # TT/P = 8, one beat spans 8 tokens
-FLAT = dataclasses.replace(TINY, name="flat", ports=4, lanes=4 * 4, columns=32, port_bits=128, vector_lanes=4)
+WIDE = dataclasses.replace(TINY, name="wide", ports=4, columns=32)  # a superbeat spans more tokens than dimensions
+FLAT = dataclasses.replace(TINY, name="flat", ports=4, lanes=16, columns=32, port_bits=128)  # a tree of two stages
 CONFIGS = {config.name: config for config in (TINY, WIDE, FLAT)}
 
-CORNERS = [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x7BFF, 0xFBFF, 0x7C00, 0x7FFF, 0xFFFF, 0x3C00, 0x0401, 0x1400]
+CORNERS = [0, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x0401, 0x1400, 0x3C00, 0x7BFF, 0xFBFF, 0x7C00, 0x7FFF, 0xFFFF]
 
 
 def config_of_bench():
@@ -94,10 +92,10 @@ def shapes(config, rng):
     heads_of = {1: config.kvbuf_heads, 2: config.kvbuf_heads // 2}
     yield 1, config.lanes, 2 * config.lanes // config.beat_elements
     for blocks, heads in heads_of.items():
-        heads = min(heads, 4)
+        heads = min(heads, 3)
         yield heads, blocks * config.lanes, 2 * heads * blocks * config.lanes // config.beat_elements + 3
     for _ in range(2):
-        heads, blocks = rng.integers(1, 4), rng.integers(1, 6)
+        heads, blocks = rng.integers(1, 3), rng.integers(1, 4)
         yield int(heads), int(blocks * config.lanes), int(2 * heads * blocks * config.lanes // config.beat_elements)
 
 
@@ -200,4 +198,6 @@ def test_tiles(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_elaborates(name):
-    assert "module" in rtlil.convert(KvBuffer(config=preset(name)), name="top", emit_src=False)
+    """In full width; one head, since Amaranth writes every bit of a memory into its text."""
+    config = dataclasses.replace(preset(name), kvbuf_heads=1)
+    assert "module" in rtlil.convert(KvBuffer(config=config), name="top", emit_src=False)
