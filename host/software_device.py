@@ -61,7 +61,7 @@ class SoftwareDevice(Device):
         self._registers: dict[int, int] = {}
         self._writable = {at for item in registers().values() if item.access == Access.READ_WRITE
                           for at in range(item.address, item.end, 4)}
-        self.reset()
+        self._power_up()
 
     @abstractmethod
     def execute(self, run: Run) -> Outcome:
@@ -72,6 +72,9 @@ class SoftwareDevice(Device):
         raise DeviceError(f"this device has no view into {buffer.name}")
 
     def reset(self) -> None:
+        self._power_up()
+
+    def _power_up(self) -> None:
         self._registers = {address(name): value for name, value in capabilities(self.config).items()}
         self._set("STATUS", Status.IDLE)
 
