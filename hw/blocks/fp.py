@@ -13,8 +13,8 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-__all__ = ["LARGEST", "FpAdd", "FpMul", "FromInt", "fields_model", "normalise", "pack", "round_model", "scale2",
-           "scale2_model"]
+__all__ = ["LARGEST", "FpAdd", "FpMul", "FromInt", "delay", "fields_model", "normalise", "pack", "round_model",
+           "scale2", "scale2_model"]
 
 LARGEST = 0x7F7FFFFF
 """Bits of the largest finite FP32 number."""
@@ -47,6 +47,16 @@ def pack(sign, exponent, value):
     small = ~value[-1] | (exponent < offset + 1)
     large = rounded[23:] >= offset + 255
     return Mux(small, 0, Cat(Mux(large, LARGEST, rounded[:31]), sign))
+
+
+def delay(m, value, enables, name):
+    """``value`` after one register for each bit of ``enables``."""
+    for index, enable in enumerate(enables):
+        register = Signal(len(value), reset_less=True, name=f"{name}_{index + 1}")
+        with m.If(enable):
+            m.d.sync += register.eq(value)
+        value = register
+    return value
 
 
 def round_model(negative, magnitude, exponent):

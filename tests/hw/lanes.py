@@ -14,7 +14,7 @@ __all__ = ["Lanes", "check_lanes", "spread_floats"]
 class Lanes(wiring.Component):
     """``count`` copies of a block: each port as wide as all copies together, ``en`` shifted along from ``valid_i``."""
 
-    def __init__(self, make, count=16):
+    def __init__(self, make, count=4):
         self.copies = [make() for _ in range(count)]
         first = self.copies[0]
         self.latency = first.latency
@@ -51,7 +51,7 @@ def _join(values, width):
     return bits
 
 
-async def check_lanes(dut, *, inputs, outputs, count=16, seed=0):
+async def check_lanes(dut, *, inputs, outputs, count=4, seed=0):
     """Drive equally long integer arrays into ``Lanes`` with random pauses and compare every result.
 
     inputs, outputs : port name to array; the arrays are padded to whole rows of ``count`` lanes

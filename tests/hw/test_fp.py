@@ -81,7 +81,7 @@ async def adds(dut, seed):
 
 @bench(seed=[3], timeout_cycles=100_000)
 async def converts(dut, seed):
-    a, n = integers(seed, len(dut.a) // 16)
+    a, n = integers(seed, len(dut.a) // 4)
     await check_lanes(dut, inputs={"a": a, "n": n}, outputs={"o": FromInt.model(a, n)}, seed=seed)
 
 
