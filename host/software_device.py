@@ -68,7 +68,7 @@ class SoftwareDevice(Device):
         """Run a program on ``memories``."""
 
     def debug_row(self, buffer: DebugBuffer, row: int) -> np.ndarray:
-        """A row of an on-chip buffer as it reads through DEBUG_DATA. Raises DeviceError where there is none."""
+        """A row of an on-chip buffer as it reads through DEBUG_DATA. Raises IndexError beyond its rows."""
         raise DeviceError(f"this device has no view into {buffer.name}")
 
     def reset(self) -> None:
@@ -83,9 +83,7 @@ class SoftwareDevice(Device):
             status = self._get("STATUS")
             return Control.IDLE | (Control.DONE | Control.READY if status & Status.DONE else 0)
         if offset == address("DEBUG_DATA"):
-            where = self._get("DEBUG_ADDRESS")
-            words = self.debug_row(DebugBuffer(where >> 28), where >> 8 & 0xFFFFF)
-            return int(np.ascontiguousarray(words).view(np.uint32)[where & 0xFF])
+            return self._debug_word(self._get("DEBUG_ADDRESS"))
         return self._registers.get(offset, 0)
 
     def csr_write(self, offset: int, value: int) -> None:
@@ -105,6 +103,16 @@ class SoftwareDevice(Device):
 
     def memory(self, port: int) -> np.ndarray | None:
         return self.memories[port]
+
+    def _debug_word(self, where: int) -> int:
+        row, word = where >> 8 & 0xFFFFF, where & 0xFF
+        try:
+            buffer = DebugBuffer(where >> 28)
+            return int(np.ascontiguousarray(self.debug_row(buffer, row)).view(np.uint32)[word])
+        except (IndexError, ValueError) as error:
+            if isinstance(error, DeviceError):
+                raise
+            raise DeviceError(f"DEBUG_ADDRESS {where:#010x} is no word of a buffer ({error})") from None
 
     def _check(self, port: int, address: int, size: int) -> None:
         if not (0 <= port < self.config.ports and 0 <= address and address + size <= self.memory_bytes):

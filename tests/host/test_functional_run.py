@@ -77,7 +77,7 @@ def test_what_memory_held_before_does_not_matter():
     compiled = first.compiled
     noisy = open_device("functional", config, first.device.memory_bytes)
     for port in range(config.ports):
-        noisy.memory(port)[:] = np.random.default_rng(port).integers(0, 256, noisy.memory_bytes, dtype=np.uint8)
+        noisy.write_memory(port, 0, np.random.default_rng(port).integers(0, 256, noisy.memory_bytes, dtype=np.uint8))
     second = Accelerator(noisy, compiled)
     for a, b in zip(first.evaluate(tokens), second.evaluate(tokens)):
         np.testing.assert_array_equal(a, b)
@@ -120,5 +120,5 @@ def test_counters_and_debug_view():
     word = np.uint32(device.csr_read(address("DEBUG_DATA"))).view(np.float32)
     assert word == device.machine.abuf[0, 1] != 0
     device.csr_write(address("DEBUG_ADDRESS"), debug_address(DebugBuffer.ABUF, accelerator.config.abuf_rows, 0))
-    with pytest.raises(DeviceError, match="ABUF has rows 0..4095, not 4096"):
+    with pytest.raises(DeviceError, match="4096"):
         device.csr_read(address("DEBUG_DATA"))
