@@ -1,4 +1,4 @@
-"""The functional machine behind the device interface: what the runtime drives when no hardware is there."""
+"""The functional level behind the Device interface."""
 
 from __future__ import annotations
 
@@ -6,60 +6,60 @@ import numpy as np
 from skipopu.host.errors import DeviceError
 from skipopu.host.software_device import Outcome, Run, SoftwareDevice
 from skipopu.hw.config import OverlayConfig
-from skipopu.hw.registers import DebugBuffer, FaultCause
+from skipopu.hw.registers import DebugBuffer
 
 from .functional import FunctionalMachine, MachineFault
 
 __all__ = ["FunctionalDevice"]
 
-_READ = ("weights_read", "kv_read", "activations_read")
-_WRITTEN = ("kv_written", "logits_written")
-
 
 class FunctionalDevice(SoftwareDevice):
-    """Bit-exact results and byte counts; cycle counters read zero. ``machine`` is the FunctionalMachine inside."""
+    """A `FunctionalMachine` with registers. It has no clock: counters of cycles read 0.
 
-    def __init__(self, config: OverlayConfig, memory_bytes: int) -> None:
+    machine : the machine itself, for its buffers and its observer
+    threads, cache_bytes : see `FunctionalMachine`
+    """
+
+    def __init__(self, config: OverlayConfig, memory_bytes: int, threads: int = 1, cache_bytes: int = 2 << 30) -> None:
         super().__init__(config, memory_bytes)
-        self.machine = FunctionalMachine(config, self.memories)
-        self._shared = False  # somebody holds a memory and may have changed it
-
-    def memory(self, port: int) -> np.ndarray | None:
-        self._shared = True
-        return super().memory(port)
-
-    def write_memory(self, port: int, address: int, data: np.ndarray) -> None:
-        super().write_memory(port, address, data)
-        self.machine.invalidate(address, len(data))
+        self.machine = FunctionalMachine(config, self.memories, threads, cache_bytes)
 
     def reset(self) -> None:
         super().reset()
         self.machine.reset()
 
-    def execute(self, run: Run) -> Outcome:
-        machine = self.machine
-        if self._shared:
-            machine.invalidate()
-            self._shared = False
-        fault = None
-        try:
-            machine.run(run.program, run.length, args=run.arguments, tokens=list(run.tokens),
-                        instruction_limit=run.instruction_limit or None, limit=run.memory_limit)
-        except MachineFault as error:
-            fault = (FaultCause(error.cause), error.pc, error.port)
-        counters = machine.counters
-        registers = {"INSTRUCTIONS": counters["instructions"], "SATURATIONS": counters["saturations"], "PC": machine.pc,
-                     "ARGMAX_INDEX": machine.argmax_index, "ARGMAX_VALUE": machine.argmax_value}
-        return Outcome(registers=registers, fault=fault, beats_read=self._beats(_READ),
-                       beats_written=self._beats(_WRITTEN))
+    def memory(self, port: int) -> np.ndarray:
+        """The memory itself. Ask for it anew before writing after a run: that forgets what the machine has unpacked."""
+        self.machine.invalidate()
+        return self.memories[port]
 
-    def _beats(self, names: tuple[str, ...]) -> int:
-        """Beats of all ports together."""
-        return sum(self.machine.counters[name] for name in names) * 8 // self.config.port_bits
+    def write_memory(self, port: int, address: int, data: np.ndarray) -> None:
+        super().write_memory(port, address, data)
+        self.machine.invalidate(address, len(data))
 
     def debug_row(self, buffer: DebugBuffer, row: int) -> np.ndarray:
-        rows = {DebugBuffer.ABUF: self.machine.abuf, DebugBuffer.MBUF: self.machine.mbuf,
-                DebugBuffer.KVOUT: self.machine.kvout}[buffer]
-        if row >= len(rows):
-            raise DeviceError(f"{buffer.name} has rows 0..{len(rows) - 1}, not {row}")
-        return rows[row]
+        """ABUF: FP32. KVOUT: FP16. MBUF: 16-bit mantissas, then the blocks' exponents and sums of 32 bits each."""
+        machine = self.machine
+        rows = len(getattr(machine, buffer.name.lower()))
+        if row >= rows:
+            raise DeviceError(f"{buffer.name} has rows 0..{rows - 1}, not {row}")
+        if buffer == DebugBuffer.ABUF:
+            return machine.abuf[row]
+        if buffer == DebugBuffer.KVOUT:
+            return machine.kvout[row]
+        parts = machine.mbuf[row], machine.mbuf_exponents[row].astype(np.int32), machine.mbuf_sums[row]
+        return np.concatenate([part.view(np.uint8) for part in parts])
+
+    def execute(self, run: Run) -> Outcome:
+        machine, fault = self.machine, None
+        try:
+            machine.run(run.program, run.length, run.arguments, run.tokens, run.instruction_limit or None,
+                        run.memory_limit)
+        except MachineFault as error:
+            fault = error.cause, error.pc, error.port
+        counters, beat = machine.counters, self.config.port_bits // 8
+        return Outcome(
+            registers={"INSTRUCTIONS": counters["instructions"], "SATURATIONS": counters["saturations"],
+                       "PC": machine.pc, "ARGMAX_INDEX": machine.argmax_index, "ARGMAX_VALUE": machine.argmax_value},
+            beats_read=sum(counters[name] for name in ("weights_read", "kv_read", "activations_read")) // beat,
+            beats_written=(counters["kv_written"] + counters["logits_written"]) // beat, fault=fault)

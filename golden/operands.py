@@ -64,19 +64,19 @@ class KvTile:
 
 
 class OperandCache:
-    """Most recently used operands by key, each with the superbeats [first, last) it was read from."""
+    """Most recently used operands by key, each with the span of superbeats [first, last) it was read from."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.bytes = limit, 0
-        self.entries: OrderedDict[tuple, tuple[Any, list[tuple[int, int]]]] = OrderedDict()
+        self.entries: OrderedDict[tuple, tuple[Any, int, int]] = OrderedDict()
 
-    def get(self, key: tuple, ranges: list[tuple[int, int]], build: Callable[[], Any]) -> Any:
+    def get(self, key: tuple, first: int, last: int, build: Callable[[], Any]) -> Any:
         """The operand under ``key``, built if it is not there."""
         if key in self.entries:
             self.entries.move_to_end(key)
             return self.entries[key][0]
         value = build()
-        self.entries[key] = value, ranges
+        self.entries[key] = value, first, last
         self.bytes += _size(value)
         while self.bytes > self.limit and len(self.entries) > 1:
             self._drop(next(iter(self.entries)))
@@ -84,7 +84,7 @@ class OperandCache:
 
     def invalidate(self, first: int, last: int) -> None:
         """Forget what was read from superbeats that overlap [first, last)."""
-        for key in [key for key, (_, ranges) in self.entries.items() if any(a < last and first < b for a, b in ranges)]:
+        for key in [key for key, (_, begin, end) in self.entries.items() if begin < last and first < end]:
             self._drop(key)
 
     def _drop(self, key: tuple) -> None:
