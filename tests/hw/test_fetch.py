@@ -34,6 +34,9 @@ class Memory:
         cocotb.start_soon(self._address())
         cocotb.start_soon(self._data())
 
+    def word_at(self, address, salt):
+        return word_at(address, salt)
+
     async def _address(self):
         dut, offered = self.dut, None
         while True:
@@ -58,7 +61,7 @@ class Memory:
             if go:
                 _, address, salt, last = self._beats.popleft()
                 failed = address in self.errors
-                dut.axi__rdata.value = 0 if failed else word_at(address, salt)
+                dut.axi__rdata.value = 0 if failed else self.word_at(address, salt)
                 dut.axi__rresp.value, dut.axi__rlast.value = 3 if failed else 0, int(last)
             await RisingEdge(dut.clk)
             assert int(dut.axi__rready.value), "fetch asks only for what it has room for"
