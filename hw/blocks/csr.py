@@ -62,7 +62,7 @@ class Csr(wiring.Component):
     port_base : per port, byte address of superbeat 0; memory_limit : superbeats
     events : In(Events); beats_read, beats_written : bit per port, a beat moved in this cycle
     argmax_index, argmax_value : what ARGMAX_INDEX and ARGMAX_VALUE read
-    debug_address : the register; debug_data : the answer, at most 3 cycles after a change (a read that follows the write samples it then)
+    debug_address : the register; debug_data : the answer, at most 3 cycles after a change
     """
 
     def __init__(self, *, config: OverlayConfig):
