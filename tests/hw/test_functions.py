@@ -55,7 +55,7 @@ def test_function_equals_model(block, coroutine):
 # quote them. Results below ``smallest`` are flushed.
 ERRORS = [
     (Exp2, np.exp2, 2.0**-126, 9.76e-8, 7.47e-8),
-    (Recip, lambda x: 1 / x, 0, 8.06e-8, 5.97e-8),
+    (Recip, lambda x: 1 / x, 0, 8.06e-8, 7.64e-8),
     (Rsqrt, lambda x: 1 / np.sqrt(x), 0, 5.97e-8, 4.09e-8),
     (Sigmoid, lambda x: 1 / (1 + np.exp2(x)), 2.0**-125, 2.21e-7, 1.88e-7),
 ]
