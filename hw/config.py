@@ -129,7 +129,7 @@ PRESETS = {
         ),
         OverlayConfig(
             name="sim", lanes=32, columns=64, ports=8, port_bits=512, vector_lanes=16, tokens=16, acc_rows=64,
-            abuf_rows=8192, mbuf_rows=4096, kvbuf_heads=16, kvout_rows=512, state_rows=256, fifo_beats=256,
+            abuf_rows=8192, mbuf_rows=4096, kvbuf_heads=16, kvout_rows=512, state_rows=512, fifo_beats=256,
             burst_beats=16, outstanding=16,
         ),
         OverlayConfig(

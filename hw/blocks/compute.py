@@ -1,0 +1,433 @@
+"""Compute unit: runs MATMUL on the PE array.
+
+Three parts work at the same time: `TileFeed` turns the weight stream or KV tiles into tile registers and scales, the
+sequencer walks the rows (h, n, k, g, t) and issues one MBUF row a cycle, the drain delivers finished accumulator rows to
+the vector unit, `V` columns a cycle.
+
+Timing of a tile: its rows are issued (S0: MBUF address), used one cycle later (S1: dot product). The next tile may be
+written from the cycle in which the last row is used, so one row per tile runs at one tile every `tile_beats` cycles.
+"""
+
+from amaranth import Array, Cat, Const, Module, Mux, Signal, signed
+from amaranth.lib import data, stream, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+
+from .. import isa
+from ..formats import ACC_BITS, CODE_BITS, KV_BITS
+from ..isa import MatmulMode
+from .array import PeArray, RowControl, Scale, granule
+from .command import Command, fields
+from .half import half_parts
+from .mbuf import AlignedRow, MantissaBuffer
+
+__all__ = ["AccBeat", "ComputeUnit", "KvRequest", "TileFeed"]
+
+_MATMUL = isa.OPCODES[0x20]
+
+
+def AccBeat(config):
+    """V accumulators on their way to the vector unit: value acc * 2^exponent each."""
+    return data.StructLayout({
+        "acc": data.ArrayLayout(signed(ACC_BITS), config.vector_lanes),
+        "exponent": data.ArrayLayout(signed(10), config.vector_lanes),
+    })
+
+
+def KvRequest(config):
+    """Which tile the KV buffer shall deliver."""
+    return data.StructLayout({"slot": 1, "value": 1, "head": 8, "n": 14, "k": 12})
+
+
+class TileFeed(wiring.Component):
+    """Fills the tile registers from the weight stream or from the KV buffer.
+
+    Members
+    -------
+    mode, scale_exponent : of the running MATMUL
+    reset : the next superbeat starts a weight stream (a scale chunk)
+    allow : the tile registers may be written
+    arrived : the last superbeat of a tile is written at this clock edge
+    load, codes : to the array
+    use_first : the first row of the tile is in use; scale and minimum follow one cycle later
+    """
+
+    def __init__(self, *, config):
+        self.config = config
+        super().__init__({
+            "weights": In(stream.Signature(8 * config.superbeat_bytes)),
+            "kv": In(stream.Signature(data.StructLayout({
+                "data": data.ArrayLayout(signed(KV_BITS), config.ports * config.beat_elements), "last": 1}))),
+            "enable": In(1), "reset": In(1), "mode": In(MatmulMode), "scale_exponent": In(signed(7)),
+            "allow": In(1), "arrived": Out(1), "use_first": In(1),
+            "load": Out(config.lanes // granule(config)[1]).array(config.columns // granule(config)[0]),
+            "codes": Out(signed(KV_BITS)).array(config.columns, config.lanes),
+            "scale": Out(Scale()).array(config.columns, config.blocks),
+            "minimum": Out(Scale()).array(config.columns, config.blocks),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self.config
+        lanes, columns, blocks = config.lanes, config.columns, config.blocks
+        ports, elements = config.ports, config.beat_elements
+        is_kv, is_w8, with_minimum = Signal(), Signal(), Signal()
+        m.d.comb += [
+            is_kv.eq((self.mode == MatmulMode.QK) | (self.mode == MatmulMode.PV)),
+            is_w8.eq(self.mode == MatmulMode.W8), with_minimum.eq(self.mode == MatmulMode.W4M),
+        ]
+
+        # Where in the stream: scale chunk or codes, which beat, which group of the chunk, which plane.
+        beat = Signal(range(max(config.tile_beats, lanes * columns // (ports * elements),
+                                *(config.scale_chunk(x)[0] for x in (False, True))) + 1))
+        in_chunk, plane = Signal(init=1), Signal()
+        most_groups = max(config.scale_chunk(x)[1] for x in (False, True))
+        group, tile_group, tile_plane = Signal(range(most_groups + 1)), Signal(range(most_groups)), Signal()
+        chunk_beats = Mux(with_minimum, config.scale_chunk(True)[0], config.scale_chunk(False)[0])
+        chunk_groups = Mux(with_minimum, config.scale_chunk(True)[1], config.scale_chunk(False)[1])
+
+        take = Signal()
+        m.d.comb += [
+            self.weights.ready.eq(self.enable & self.allow & ~is_kv & ~self.reset),
+            self.kv.ready.eq(self.enable & self.allow & is_kv & ~self.reset),
+            take.eq(self.weights.ready & self.weights.valid),
+        ]
+        codes_take = Signal()
+        m.d.comb += [
+            codes_take.eq(take & ~in_chunk),
+            self.arrived.eq((codes_take & (beat == config.tile_beats - 1))
+                            | (self.kv.ready & self.kv.valid & self.kv.payload.last)),
+        ]
+        chunk_depth = max(config.scale_chunk(x)[0] for x in (False, True))
+        chunk = [Signal(8 * config.superbeat_bytes, name=f"chunk{i}", reset_less=True) for i in range(chunk_depth)]
+        with m.If(self.reset):
+            m.d.sync += [in_chunk.eq(1), beat.eq(0), plane.eq(0)]
+        with m.Elif(take & in_chunk):
+            for i, part in enumerate(chunk):
+                with m.If(beat == i):
+                    m.d.sync += part.eq(self.weights.payload)
+            m.d.sync += beat.eq(beat + 1)
+            with m.If(beat == chunk_beats - 1):
+                m.d.sync += [beat.eq(0), in_chunk.eq(0), group.eq(0)]
+        with m.Elif(take):
+            m.d.sync += beat.eq(beat + 1)
+            with m.If(self.arrived):
+                m.d.sync += [beat.eq(0), tile_group.eq(group), tile_plane.eq(plane), plane.eq(is_w8 & ~plane)]
+                with m.If(~is_w8 | plane):
+                    m.d.sync += group.eq(group + 1)
+                    with m.If(group == chunk_groups - 1):
+                        m.d.sync += in_chunk.eq(1)
+        with m.Elif(self.kv.ready & self.kv.valid):
+            m.d.sync += beat.eq(Mux(self.kv.payload.last, 0, beat + 1))
+
+        # Tile registers: three ways to place a superbeat.
+        columns_per_beat = columns // config.tile_beats
+        kv_take = Signal()
+        m.d.comb += kv_take.eq(self.kv.ready & self.kv.valid)
+        is_pv = Signal()
+        m.d.comb += is_pv.eq(self.mode == MatmulMode.PV)
+        column_granule, lane_granule = granule(config)
+        for n in range(0, columns, column_granule):
+            for k in range(0, lanes, lane_granule):
+                key_beat = (n // ports) * (lanes // elements) + k // elements
+                value_beat = (k // ports) * (columns // elements) + n // elements
+                m.d.comb += self.load[n // column_granule][k // lane_granule].eq(
+                    (codes_take & (beat == n // columns_per_beat))
+                    | (kv_take & Mux(is_pv, beat == value_beat, beat == key_beat)))
+        for n in range(columns):
+            for k in range(lanes):
+                low = CODE_BITS * ((n % columns_per_beat) * lanes + k)
+                code = self.weights.payload[low:low + CODE_BITS].as_signed()
+                key = self.kv.payload.data[(n % ports) * elements + k % elements]
+                value = self.kv.payload.data[(k % ports) * elements + n % elements]
+                m.d.comb += self.codes[n][k].eq(Mux(is_kv, Mux(is_pv, value, key), code))
+
+        # Scales of the tile in use.
+        flat = Cat(*chunk)
+        half_bits = 16
+        for n in range(columns):
+            for b in range(blocks):
+                def entry(index, minimum):
+                    beats, groups = config.scale_chunk(minimum)
+                    size = columns * blocks * (2 if minimum else 1)
+                    words = [flat[half_bits * (g * size + index):half_bits * (g * size + index + 1)]
+                             for g in range(groups)]
+                    return words[0] if groups == 1 else Array(words)[tile_group]
+
+                index = b * columns + n
+                bits = Signal(16, name=f"scale_bits{n}_{b}")
+                minimum_bits = Signal(16, name=f"minimum_bits{n}_{b}")
+                m.d.comb += [
+                    bits.eq(Mux(with_minimum, entry(index, True), entry(index, False))),
+                    minimum_bits.eq(entry(columns * blocks + index, True)),
+                ]
+                sig, es = half_parts(bits)
+                sig_minimum, es_minimum = half_parts(minimum_bits)
+                high_plane = is_w8 & ~tile_plane
+                with m.If(self.use_first):
+                    m.d.sync += [
+                        self.scale[n][b].significand.eq(Mux(is_kv, 1 << 10, sig)),
+                        self.scale[n][b].shift.eq(
+                            Mux(is_kv, 0, self.scale_exponent - es - Mux(high_plane, CODE_BITS, 0))),
+                        self.minimum[n][b].significand.eq(sig_minimum),
+                        self.minimum[n][b].shift.eq(self.scale_exponent - es_minimum),
+                    ]
+        return m
+
+
+class ComputeUnit(wiring.Component):
+    """MATMUL: tiles from the weight stream or the KV buffer, rows from MBUF, results to the vector unit.
+
+    Members
+    -------
+    cmd : commands cleared of hazards; done pulses when the last MBUF row of one has been read
+    weights : superbeats of the weight stream
+    kv_request, kv_tile, kv_release : the KV buffer's read side; release after PV
+    exponent_address, exponents : K exponents of one (slot, head), 5 bits per token of the tile, combinational
+    write_* : MBUF's write port
+    out : AccBeat stream in the order h, n, g, t, c
+    active, starved, drain_blocked : counters' events
+    debug, debug_row, debug_data : MBUF row for inspection while idle, one cycle later
+    """
+
+    def __init__(self, *, config):
+        self.config = config
+        rows = range(config.mbuf_rows)
+        super().__init__({
+            "cmd": In(stream.Signature(Command(config))), "done": Out(1), "busy": Out(1),
+            "weights": In(stream.Signature(8 * config.superbeat_bytes)),
+            "kv_request": Out(stream.Signature(KvRequest(config))),
+            "kv_tile": In(stream.Signature(data.StructLayout({
+                "data": data.ArrayLayout(signed(KV_BITS), config.ports * config.beat_elements), "last": 1}))),
+            "kv_release": Out(1),
+            "exponent_slot": Out(1), "exponent_head": Out(8), "exponents": In(5 * config.tile_tokens),
+            "write_en": In(1), "write_row": In(rows), "write_vector": In(rows), "write_first": In(1),
+            "write_data": In(AlignedRow(config)),
+            "out": Out(stream.Signature(AccBeat(config))),
+            "active": Out(1), "starved": Out(1), "drain_blocked": Out(1),
+            "debug": In(1), "debug_row": In(rows), "debug_data": Out(AlignedRow(config).size),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self.config
+        vectors = config.columns // config.vector_lanes
+        m.submodules.mbuf = mbuf = MantissaBuffer(config=config)
+        m.submodules.feed = feed = TileFeed(config=config)
+        m.submodules.array = array = PeArray(config=config)
+        wiring.connect(m, feed.kv, wiring.flipped(self.kv_tile))
+        wiring.connect(m, feed.weights, wiring.flipped(self.weights))
+        m.d.comb += [
+            mbuf.write_en.eq(self.write_en), mbuf.write_row.eq(self.write_row), mbuf.write_vector.eq(self.write_vector),
+            mbuf.write_first.eq(self.write_first), mbuf.write_data.eq(self.write_data),
+        ]
+
+        # The running command.
+        running = Signal()
+        rows, start_row = Signal(12), Signal(16)
+        body = Signal(self.cmd.payload.body.shape())
+        f = fields(body, _MATMUL)
+        mode = Signal(MatmulMode)
+        is_kv = Signal()
+        m.d.comb += [mode.eq(f.mode), is_kv.eq((mode == MatmulMode.QK) | (mode == MatmulMode.PV))]
+        slots = {MatmulMode.QK: Signal(name="slot_qk"), MatmulMode.PV: Signal(name="slot_pv")}
+        slot = Mux(mode == MatmulMode.PV, slots[MatmulMode.PV], slots[MatmulMode.QK])
+
+        # Sequencer (S0).
+        h, n, k, plane = Signal(8), Signal(14), Signal(12), Signal()
+        g, t = Signal(8), Signal(12)
+        vector, vector_g, vector_h = Signal(16), Signal(16), Signal(16)
+        acc_row, bank = Signal(range(config.acc_rows)), Signal()
+        full, issue, tile_ready, banks_free = Signal(), Signal(), Signal(), Signal()
+        last_t, last_g, last_k, last_n, last_h = Signal(), Signal(), Signal(), Signal(), Signal()
+        last_row, first_row, last_of_all = Signal(), Signal(), Signal()
+        last_plane = (mode != MatmulMode.W8) | plane
+        started, drained = Signal(), Signal()
+        in_flight = Signal(2)
+        m.d.comb += [
+            last_t.eq(t == rows - 1), last_g.eq(g == f.groups - 1), last_k.eq((k == f.k_tiles - 1) & last_plane),
+            last_n.eq(n == f.n_tiles - 1), last_h.eq(h == f.heads - 1),
+            last_row.eq(last_t & last_g), first_row.eq((t == 0) & (g == 0)),
+            last_of_all.eq(last_row & last_k & last_n & last_h),
+            tile_ready.eq(full | feed.arrived),
+            banks_free.eq((in_flight < 2) | ~(first_row & (k == 0) & ~plane)),
+            issue.eq(running & tile_ready & banks_free),
+            self.busy.eq(running | (in_flight != 0)),
+        ]
+        m.d.comb += started.eq(issue & first_row & (k == 0) & ~plane)
+        m.d.sync += in_flight.eq(in_flight + started - drained)
+        m.d.sync += full.eq(tile_ready & ~(issue & last_row))
+        m.d.comb += [
+            feed.enable.eq(running), feed.allow.eq(~full), feed.mode.eq(mode),
+            feed.scale_exponent.eq(f.scale_exponent),
+        ]
+        with m.If(issue):
+            m.d.sync += [t.eq(t + 1), vector.eq(vector + f.row_stride), acc_row.eq(acc_row + 1)]
+            with m.If(last_t):
+                m.d.sync += [t.eq(0), g.eq(g + 1), vector.eq(vector_g + f.group_stride),
+                             vector_g.eq(vector_g + f.group_stride)]
+            with m.If(last_row):
+                m.d.sync += [g.eq(0), vector.eq(vector_h), vector_g.eq(vector_h), acc_row.eq(0), plane.eq(~last_plane)]
+                with m.If(last_plane):
+                    m.d.sync += k.eq(k + 1)
+                with m.If(last_k):
+                    m.d.sync += [k.eq(0), n.eq(n + 1), bank.eq(~bank)]
+                    with m.If(last_n):
+                        m.d.sync += [n.eq(0), h.eq(h + 1), vector.eq(vector_h + f.head_stride),
+                                     vector_g.eq(vector_h + f.head_stride), vector_h.eq(vector_h + f.head_stride)]
+
+        # S1: the row is in use.
+        used, used_first, used_last = Signal(), Signal(), Signal()
+        control = Signal(RowControl(config))
+        m.d.sync += [used.eq(issue), used_first.eq(issue & first_row), used_last.eq(issue & last_of_all)]
+        m.d.comb += [
+            mbuf.read_en.eq(issue | self.debug), mbuf.read_row.eq(Mux(self.debug, self.debug_row, vector + k)),
+            self.debug_data.eq(mbuf.read_data.as_value()), mbuf.read_vector.eq(vector),
+            feed.use_first.eq(used_first), self.active.eq(used), self.done.eq(used_last),
+        ]
+        with m.If(issue):
+            m.d.sync += [
+                control.acc.eq(Cat(acc_row, bank)), control.first.eq((k == 0) & ~plane),
+                control.offset.eq((mode == MatmulMode.W4M) | ((mode == MatmulMode.W8) & plane)),
+                control.minimum.eq(mode == MatmulMode.W4M), control.narrow.eq(is_kv),
+                control.last.eq(last_row & last_k),
+            ]
+        m.d.comb += [array.row_en.eq(used), array.row.eq(mbuf.read_data), array.maximum.eq(mbuf.read_maximum),
+                     array.control.eq(control)]
+        m.d.comb += [own.eq(fed) for own, fed in zip(array.load, feed.load)]
+        for n_ in range(config.columns):
+            for k_ in range(config.lanes):
+                m.d.comb += array.codes[n_][k_].eq(feed.codes[n_][k_])
+            for b in range(config.blocks):
+                m.d.comb += [array.scale[n_][b].eq(feed.scale[n_][b]), array.minimum[n_][b].eq(feed.minimum[n_][b])]
+
+        # KV tile requests run ahead of the sequencer.
+        request_h, request_n, request_k, requesting = Signal(8), Signal(14), Signal(12), Signal()
+        request = self.kv_request
+        m.d.comb += [
+            request.valid.eq(requesting), request.payload.slot.eq(slot),
+            request.payload.value.eq(mode == MatmulMode.PV), request.payload.head.eq(request_h),
+            request.payload.n.eq(request_n), request.payload.k.eq(request_k),
+        ]
+        with m.If(requesting & request.ready):
+            m.d.sync += request_k.eq(request_k + 1)
+            with m.If(request_k == f.k_tiles - 1):
+                m.d.sync += [request_k.eq(0), request_n.eq(request_n + 1)]
+                with m.If(request_n == f.n_tiles - 1):
+                    m.d.sync += [request_n.eq(0), request_h.eq(request_h + 1)]
+                    with m.If(request_h == f.heads - 1):
+                        m.d.sync += requesting.eq(0)
+
+        # Accepting a command: its drain part goes to a two-deep queue.
+        queue_space = Signal()
+        accept = Signal()
+        m.d.comb += [accept.eq(self.cmd.valid & ~running & queue_space & ~used), self.cmd.ready.eq(accept),
+                     feed.reset.eq(accept)]
+        with m.If(accept):
+            taken = fields(self.cmd.payload.body, _MATMUL)
+            base = self.cmd.payload.x[:16]
+            m.d.sync += [
+                running.eq(1), body.eq(self.cmd.payload.body), rows.eq(self.cmd.payload.rows), start_row.eq(base),
+                h.eq(0), n.eq(0), k.eq(0), plane.eq(0), g.eq(0), t.eq(0), acc_row.eq(0),
+                vector.eq(base), vector_g.eq(base), vector_h.eq(base),
+                request_h.eq(0), request_n.eq(0), request_k.eq(0),
+                requesting.eq((taken.mode == MatmulMode.QK) | (taken.mode == MatmulMode.PV)),
+            ]
+        with m.If(issue & last_of_all):
+            m.d.sync += running.eq(0)
+            with m.If(mode == MatmulMode.PV):
+                m.d.sync += slots[MatmulMode.PV].eq(~slots[MatmulMode.PV])
+            with m.If(mode == MatmulMode.QK):
+                m.d.sync += slots[MatmulMode.QK].eq(~slots[MatmulMode.QK])
+        m.d.comb += self.kv_release.eq(issue & last_of_all & (mode == MatmulMode.PV))
+
+        # Drain.
+        info_layout = data.StructLayout({
+            "rows": 12, "groups": 8, "heads": 8, "n_tiles": 14, "beats": 16, "mode": 3, "scale_exponent": signed(7)})
+        infos = [Signal(info_layout, name=f"info{i}") for i in range(2)]
+        info_count = Signal(2)
+        info_done = Signal()
+        current = infos[0]
+        incoming = Signal(info_layout)
+        taken = fields(self.cmd.payload.body, _MATMUL)
+        m.d.comb += [
+            incoming.rows.eq(self.cmd.payload.rows), incoming.groups.eq(taken.groups), incoming.heads.eq(taken.heads),
+            incoming.n_tiles.eq(taken.n_tiles), incoming.beats.eq(taken.beats), incoming.mode.eq(taken.mode),
+            incoming.scale_exponent.eq(taken.scale_exponent), queue_space.eq(info_count < 2),
+        ]
+        m.d.sync += info_count.eq(info_count + accept - info_done)
+        with m.If(info_done):
+            m.d.sync += infos[0].eq(infos[1])
+        with m.If(accept):
+            with m.If((info_count - info_done) == 0):
+                m.d.sync += infos[0].eq(incoming)
+            with m.Else():
+                m.d.sync += infos[1].eq(incoming)
+
+        m.submodules.maxima = maxima = Memory(shape=signed(9), depth=2 * config.acc_rows, init=[])
+        keep, recall = maxima.write_port(), maxima.read_port(domain="comb")
+        m.d.comb += [keep.en.eq(used & control.first), keep.addr.eq(control.acc), keep.data.eq(mbuf.read_maximum)]
+
+        ready_tiles = Signal(2)
+        dh, dn, dg, dt = Signal(8), Signal(14), Signal(8), Signal(12)
+        dc, beat = Signal(range(vectors)), Signal(16)
+        beat_base = Signal(16)
+        drain_row, drain_bank = Signal(range(config.acc_rows)), Signal()
+        drain_slot = Signal()
+        draining, advance = Signal(), Signal()
+        m.d.comb += [
+            draining.eq(ready_tiles != 0),
+            advance.eq(draining & (~self.out.valid | self.out.ready)),
+            self.drain_blocked.eq(draining & ~advance),
+            array.drain_row.eq(Cat(drain_row, drain_bank)), recall.addr.eq(Cat(drain_row, drain_bank)),
+            self.starved.eq(running & ~tile_ready), beat.eq(beat_base + dc),
+            self.exponent_slot.eq(drain_slot), self.exponent_head.eq(dh),
+        ]
+        m.d.sync += ready_tiles.eq(ready_tiles + array.tile_done - drained)
+        with m.If(self.out.ready):
+            m.d.sync += self.out.valid.eq(0)
+        last_c, last_dt, last_dg, last_dn = Signal(), Signal(), Signal(), Signal()
+        m.d.comb += [
+            last_c.eq((dc == vectors - 1) | (beat + 1 == current.beats)), last_dt.eq(dt == current.rows - 1),
+            last_dg.eq(dg == current.groups - 1), last_dn.eq(dn == current.n_tiles - 1),
+            drained.eq(advance & last_c & last_dt & last_dg),
+            info_done.eq(drained & last_dn & (dh == current.heads - 1)),
+        ]
+        is_qk = current.mode == MatmulMode.QK
+        constant = Signal(signed(8))
+        with m.Switch(current.mode):
+            with m.Case(MatmulMode.QK):
+                m.d.comb += constant.eq(-45)
+            with m.Case(MatmulMode.PV):
+                m.d.comb += constant.eq(-20)
+            with m.Default():
+                m.d.comb += constant.eq(current.scale_exponent - 39)
+        base_exponent = Signal(signed(10))
+        m.d.comb += base_exponent.eq(recall.data + constant)
+        with m.If(advance):
+            m.d.sync += self.out.valid.eq(1)
+            for lane in range(config.vector_lanes):
+                choices = [array.drain[c * config.vector_lanes + lane] for c in range(vectors)]
+                per_tile = config.tile_tokens // config.columns
+                tokens = [self.exponents.word_select(q * config.columns + c * config.vector_lanes + lane, 5)
+                          for q in range(per_tile) for c in range(vectors)]
+                token_index = dc if per_tile == 1 else Cat(dc, dn[:(per_tile - 1).bit_length()])
+                m.d.sync += [
+                    self.out.payload.acc[lane].eq(Array(choices)[dc]),
+                    self.out.payload.exponent[lane].eq(base_exponent + Mux(is_qk, Array(tokens)[token_index], 0)),
+                ]
+            m.d.sync += dc.eq(dc + 1)
+            with m.If(last_c):
+                m.d.sync += [dc.eq(0), dt.eq(dt + 1), drain_row.eq(drain_row + 1)]
+                with m.If(last_dt):
+                    m.d.sync += [dt.eq(0), dg.eq(dg + 1)]
+            with m.If(drained):
+                m.d.sync += [dg.eq(0), drain_row.eq(0), drain_bank.eq(~drain_bank), dn.eq(dn + 1),
+                             beat_base.eq(beat_base + vectors)]
+                with m.If(last_dn):
+                    m.d.sync += [dn.eq(0), beat_base.eq(0), dh.eq(dh + 1)]
+            with m.If(info_done):
+                m.d.sync += dh.eq(0)
+                with m.If(is_qk):
+                    m.d.sync += drain_slot.eq(~drain_slot)
+        return m

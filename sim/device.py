@@ -1,0 +1,114 @@
+"""The RTL behind the Device interface: the Verilated overlay with its memories in one native loop."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from skipopu.host.device import Device, read_register, write_register
+from skipopu.host.errors import DeviceError
+from skipopu.hw.config import OverlayConfig
+from skipopu.hw.registers import Control, Status
+
+from .build import cache_root
+from .native import CsrError, MemoryTiming, NativeSim, ProtocolError, StopReason
+
+__all__ = ["RtlDevice", "cached_verilog"]
+
+
+def cached_verilog(config: OverlayConfig, log: Callable[[str], None] | None = None) -> str:
+    """Verilog of the overlay at ``config``, from the cache while the hardware's sources and tools are the same.
+
+    log : called with one line when the Verilog has to be made
+    """
+    sources = Path(__file__).resolve().parent.parent / "hw"
+    digest = hashlib.sha256(repr((config, version("amaranth"), version("pyosys"))).encode())
+    for path in sorted(sources.rglob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    target = cache_root() / "verilog" / f"{config.name}-{digest.hexdigest()[:20]}.v"
+    if target.exists():
+        return target.read_text()
+    if log:
+        log(f"elaborating the overlay at configuration {config.name}")
+    from skipopu.hw.top import overlay_verilog
+    text = overlay_verilog(config)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(f".{os.getpid()}")
+    partial.write_text(text)
+    partial.rename(target)
+    return text
+
+
+class RtlDevice(Device):
+    """The overlay's RTL under Verilator. Counters of cycles are simulated cycles.
+
+    sim : the simulation itself, for injected faults, waveforms and statistics of the memories
+    timing : of every memory port; trace : build with waveforms; log : called with the lines of a build
+    verilog : text to run instead of this configuration's own
+    """
+
+    def __init__(self, config: OverlayConfig, memory_bytes: int, *, timing: MemoryTiming | None = None,
+                 trace: bool = False, log: Callable[[str], None] | None = None, verilog: str | None = None) -> None:
+        self.config = config
+        unit = max(config.port_bits // 8, 32)
+        self.memory_bytes = -(-memory_bytes // unit) * unit
+        self.memories = [np.zeros(self.memory_bytes, np.uint8) for _ in range(config.ports)]
+        self.sim = NativeSim(verilog or cached_verilog(config, log), config.ports, config.port_bits,
+                             memories=self.memories, timing=timing or MemoryTiming(), trace=trace, log=log)
+        self.reset()
+
+    def csr_read(self, offset: int) -> int:
+        try:
+            return self.sim.csr_read(offset)
+        except (CsrError, ProtocolError) as error:
+            raise DeviceError(str(error)) from None
+
+    def csr_write(self, offset: int, value: int) -> None:
+        try:
+            self.sim.csr_write(offset, value)
+        except (CsrError, ProtocolError) as error:
+            raise DeviceError(str(error)) from None
+
+    def memory(self, port: int) -> np.ndarray:
+        return self.memories[port]
+
+    def read_memory(self, port: int, address: int, size: int) -> np.ndarray:
+        return self._window(port, address, size).copy()
+
+    def write_memory(self, port: int, address: int, data: np.ndarray) -> None:
+        self._window(port, address, len(data))[:] = data
+
+    def _window(self, port: int, address: int, size: int) -> np.ndarray:
+        if not 0 <= port < self.config.ports or address < 0 or address + size > self.memory_bytes:
+            raise DeviceError(f"memory of port 0..{self.config.ports - 1} has {self.memory_bytes} bytes, not "
+                              f"{size} at {address:#x} of port {port}")
+        return self.memories[port][address:address + size]
+
+    def reset(self) -> None:
+        self.sim.reset()
+
+    def start(self) -> None:
+        write_register(self, "GIE", 1)
+        write_register(self, "IER", 1)
+        write_register(self, "CTRL", Control.START)
+
+    def wait(self, timeout: float) -> None:
+        """Clock the design until its interrupt. Raises DeviceError after ``timeout`` seconds of this machine's clock."""
+        deadline = time.monotonic() + timeout
+        try:
+            while self.sim.run(100_000) is not StopReason.IRQ:
+                if time.monotonic() > deadline:
+                    raise self.timeout_error(timeout)
+        except ProtocolError as error:
+            raise DeviceError(str(error)) from None
+        write_register(self, "ISR", 1)
+        if read_register(self, "STATUS") & Status.RUNNING:
+            raise DeviceError("the accelerator raised its interrupt while running")
+
+    def close(self) -> None:
+        self.sim.close()
