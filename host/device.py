@@ -8,7 +8,18 @@ from typing import Any
 
 import numpy as np
 from skipopu.hw.config import OverlayConfig
-from skipopu.hw.registers import CAPABILITIES, COUNTERS, Control, FaultCause, Status, address, capabilities, registers
+from skipopu.hw.registers import (
+    CAPABILITIES,
+    COUNTERS,
+    Control,
+    DebugBuffer,
+    FaultCause,
+    Status,
+    address,
+    capabilities,
+    debug_address,
+    registers,
+)
 
 from .errors import DeviceError
 
@@ -83,6 +94,19 @@ class Device(ABC):
             return None
         return (FaultCause(read_register(self, "FAULT")), read_register(self, "FAULT_PC"),
                 read_register(self, "FAULT_PORT"))
+
+    def inspect(self, buffer: DebugBuffer, row: int) -> bytes:
+        """One row of an on-chip buffer, through the debug window: only while the machine does not run.
+
+        FP32 for ABUF, int16 mantissas for MBUF, FP16 for KVOUT; little endian.
+        """
+        bits = {DebugBuffer.ABUF: 32 * self.config.vector_lanes, DebugBuffer.MBUF: 16 * self.config.lanes,
+                DebugBuffer.KVOUT: self.config.port_bits}[buffer]
+        words = []
+        for word in range(bits // 32):
+            write_register(self, "DEBUG_ADDRESS", debug_address(buffer, row, word))
+            words.append(read_register(self, "DEBUG_DATA"))
+        return np.array(words, "<u4").tobytes()
 
     def identify(self) -> None:
         """Compare the capability registers with ``config``. Raises DeviceError that names the first difference."""

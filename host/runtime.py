@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,8 @@ import numpy as np
 from .compiled import Compiled
 from .device import Device, read_register, write_register
 from .errors import DeviceError, RequestError
+from .generation import Generator
 from .layout import unpack_logits
-from .sampling import Sampler, Sampling
 
 __all__ = ["Accelerator", "RunStats"]
 
@@ -33,19 +33,17 @@ class RunStats:
     counters: dict[str, int]
 
 
-class Accelerator:
+class Accelerator(Generator):
     """A model on a device. Constructing it checks the device and loads program and image.
 
-    position : tokens in the context so far; stats : one RunStats per run since ``clear``
-    finish : why the last ``generate`` ended: "length", "stop" or "context"
+    stats : one RunStats per run since ``clear``
     Raises DeviceError if the device is another configuration than the model was compiled for, or has too little memory.
     """
 
     def __init__(self, device: Device, compiled: Compiled, timeout: float = 600.0, watchdog: int = 1_000_000) -> None:
         self.device, self.compiled, self.map, self.config = device, compiled, compiled.map, compiled.config
+        self.vocab, self.context, self.eos_ids = self.map.vocab, self.map.context, self.map.eos_ids
         self.timeout = timeout
-        self.position = 0
-        self.finish = ""
         self.stats: list[RunStats] = []
         self._last_rows = 0
         if device.config.config_hash != self.config.config_hash:
@@ -100,7 +98,7 @@ class Accelerator:
         head_row, head_rows : rows whose logits are computed; instructions : stop after so many, 0 runs all
         Raises RequestError for bad tokens or a full context, DeviceError for a fault (with the instruction).
         """
-        self._check_tokens(tokens)
+        self.check_tokens(tokens)
         if len(tokens) > self.map.chunk:
             raise RequestError(f"a run takes 1..{self.map.chunk} tokens, not {len(tokens)}")
         if not (0 <= head_row and 0 <= head_rows and head_row + head_rows <= len(tokens)):
@@ -124,20 +122,9 @@ class Accelerator:
         self._last_rows = head_rows
         self.position += len(tokens)
 
-    def _check_tokens(self, tokens: Sequence[int]) -> None:
-        if not len(tokens):
-            raise RequestError("the prompt is empty; give at least one token")
-        for token in tokens:
-            if not 0 <= token < self.map.vocab:
-                raise RequestError(f"token ids must be 0..{self.map.vocab - 1}, not {token}")
-        room = self.map.context - self.position
-        if len(tokens) > room:
-            raise RequestError(f"{len(tokens)} tokens do not fit: the context holds {self.map.context} positions, "
-                               f"{self.position} are used; clear it, or compile with a longer context")
-
     def prefill(self, tokens: Sequence[int]) -> int:
         """Read a prompt in chunks; returns the likeliest next token. Logits of the last token are then available."""
-        self._check_tokens(tokens)
+        self.check_tokens(tokens)
         for first in range(0, len(tokens), self.map.chunk):
             part = tokens[first : first + self.map.chunk]
             last = first + len(part) == len(tokens)
@@ -151,7 +138,7 @@ class Accelerator:
 
     def evaluate(self, tokens: Sequence[int]) -> Iterator[np.ndarray]:
         """Read tokens in chunks; yields logits of every token, float32 [rows of the chunk, vocab]."""
-        self._check_tokens(tokens)
+        self.check_tokens(tokens)
         for first in range(0, len(tokens), self.map.chunk):
             part = tokens[first : first + self.map.chunk]
             self.run(part, 0, len(part))
@@ -172,31 +159,3 @@ class Accelerator:
                  for port in range(self.config.ports)]
         stream = np.stack(ports, axis=1).reshape(-1).view(np.float32)
         return unpack_logits(self.config, stream, rows, self.map.vocab)
-
-    def generate(self, prompt: Sequence[int], count: int, sampling: Sampling | None = None,
-                 stop: Collection[int] | None = None) -> Iterator[int]:
-        """Yield up to ``count`` tokens that continue ``prompt``; each as soon as it is known.
-
-        sampling : None takes the likeliest token, found on the device
-        stop : token ids that end the generation (and are not yielded); by default the model's
-        Ends early when the context is full; ``finish`` says why it ended. The prompt is appended to the context.
-        """
-        sampler = Sampler(sampling) if sampling is not None else None
-        stop = self.map.eos_ids if stop is None else stop
-        self.finish = "length"
-        if count < 1:
-            raise RequestError(f"count must be at least 1, not {count}")
-        token = self.prefill(prompt)
-        for index in range(count):
-            if sampler is not None:
-                token = sampler.choose(self.logits()[-1])
-            if token in stop:
-                self.finish = "stop"
-                return
-            yield token
-            if index + 1 == count:
-                return
-            if self.position == self.map.context:
-                self.finish = "context"
-                return
-            token = self.step(token)
