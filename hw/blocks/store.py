@@ -1,0 +1,191 @@
+"""Store unit: STOREKV copies new KV records from KVOUT, each to its own port; STOREL stripes logits over all ports.
+
+One command at a time, done when memory has answered its last burst. Inside a command the ports overlap: a record is
+handed to its port's writer at one beat per cycle, and the next record goes to the next port.
+"""
+
+from amaranth.hdl import Array, Cat, Module, Mux, Signal
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from ..isa import OPCODES
+from ..registers import FaultCause
+from .axi import AxiWrite
+from .axi_read import ADDRESS_BITS
+from .axi_write import AxiWriter
+from .command import Command, Fault, fields
+
+__all__ = ["StoreUnit"]
+
+_LAYOUTS = {item.mnemonic: item for item in OPCODES.values()}
+
+
+class StoreUnit(wiring.Component):
+    """Members
+    -------
+    cmd : In(stream of Command), cleared of hazards; done, busy : Out(1)
+    base : In(64) per port, byte address of superbeat 0; limit : In(32), superbeats of memory
+    axi : Out(AxiWrite) per port
+    kvout_row, kvout_data : read port of KVOUT, data one cycle after the row
+    logits : In(stream of V FP32), taken only during a STOREL
+    fault : Out(Fault), stays; the unit then hands nothing more to memory until reset
+    beats_written : Out(P), memory has taken a beat on a port
+    """
+
+    def __init__(self, *, config):
+        self.config = config
+        ports = config.ports
+        super().__init__({
+            "cmd": In(stream.Signature(Command(config))), "done": Out(1), "busy": Out(1),
+            "base": In(64).array(ports), "limit": In(ADDRESS_BITS), "axi": Out(AxiWrite(config.port_bits)).array(ports),
+            "kvout_row": Out(range(config.kvout_rows)), "kvout_data": In(config.port_bits),
+            "logits": In(stream.Signature(32 * config.vector_lanes)),
+            "fault": Out(Fault), "beats_written": Out(ports),
+        })
+
+    @staticmethod
+    def model(config, memory, source, mnemonic, **f):
+        """Write to memory, uint8 [P, superbeats, port bytes], what one command writes; ``f`` holds its fields with the
+        registers added. source : uint8 KVOUT [kvout_rows, port bytes] (STOREKV) or logits [beats, 4 V] (STOREL)."""
+        if mnemonic == "storel":
+            count = f["rows"] * f["count"]
+            striped = source.reshape(count, config.ports, config.port_bits // 8)
+            memory[:, f["imm"]:f["imm"] + count] = striped.transpose(1, 0, 2)
+            return
+        for t in range(f["rows"]):
+            position, record = f["x"] + t, f["record"]
+            start = f["imm"] + position // config.ports * record
+            memory[position % config.ports, start:start + record] = source[t * record:(t + 1) * record]
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self.config
+        port_shift = config.ports.bit_length() - 1
+        row_bits = config.kvout_rows.bit_length() - 1
+        writers = []
+        for p in range(config.ports):
+            m.submodules[f"port{p}"] = writer = AxiWriter(config=config)
+            wiring.connect(m, writer.axi, wiring.flipped(self.axi[p]))
+            m.d.comb += [writer.base.eq(self.base[p]), self.beats_written[p].eq(writer.beat)]
+            writers.append(writer)
+
+        command = self.cmd.payload
+        storekv, storel = (fields(command.body, _LAYOUTS[name]) for name in ("storekv", "storel"))
+        is_logits, pc = Signal(), Signal.like(command.pc)
+        address = Signal(ADDRESS_BITS + 1)  # of the record or of all logits; one bit more, so that an overrun shows
+        product = Signal(len(command.rows) + len(storel.count))
+        length = Signal.like(product)  # beats of one run
+        tokens = Signal(12)
+        port = Signal(max(port_shift, 1))
+        waiting = Signal(config.ports)  # writers that have not taken the run
+        left = Signal.like(length)  # beats (STOREKV) or superbeats (STOREL) of the run, not handed over
+        row = Signal(17)  # of KVOUT, the first of the record
+        record_end = Signal(17)
+        run_end = Signal(len(length) + 2)
+        m.d.comb += [run_end.eq(address + length), record_end.eq(row + length)]
+
+        def fail(cause, at=0):
+            with m.If(~self.fault.valid):
+                m.d.sync += [self.fault.valid.eq(1), self.fault.cause.eq(cause), self.fault.pc.eq(pc),
+                             self.fault.port.eq(at)]
+
+        # KVOUT answers one cycle later: `held` says that kvout_data is the next beat; its row stays until it is taken.
+        next_row, fetch_left, held, handed = Signal(row_bits), Signal(16), Signal(), Signal()
+        held_row = Signal(row_bits)
+        fetch, offered = Signal(), Signal()
+
+        # Logits are packed into superbeats, rows first.
+        parts = config.superbeat_bytes // (4 * config.vector_lanes)
+        part = Signal(range(max(parts, 2)))
+        pieces = [Signal(32 * config.vector_lanes, name=f"piece{i}") for i in range(parts)]
+        packed, unpack = Signal(), Signal()
+        packing = Signal()
+        striped = Cat(*pieces)
+
+        data_ready = Array([writer.data.ready for writer in writers])
+        for p, writer in enumerate(writers):
+            mine = striped[p * config.port_bits:(p + 1) * config.port_bits]
+            m.d.comb += [
+                writer.runs.valid.eq(waiting[p]), writer.runs.payload.address.eq(address),
+                writer.runs.payload.count.eq(length),
+                writer.data.payload.eq(Mux(is_logits, mine, self.kvout_data)),
+                writer.data.valid.eq(Mux(is_logits, unpack, offered & (port[:port_shift] == p))),
+            ]
+            with m.If(writer.runs.valid & writer.runs.ready):
+                m.d.sync += waiting[p].eq(0)
+        m.d.comb += [
+            offered.eq(held & ~self.fault.valid),
+            unpack.eq(packed & ~self.fault.valid & Cat(writer.data.ready for writer in writers).all()),
+            handed.eq(offered & data_ready[port[:port_shift]]),
+            fetch.eq((fetch_left != 0) & (~held | handed)),
+            self.kvout_row.eq(Mux(held & ~handed, held_row, next_row)),
+            self.logits.ready.eq(packing & (~packed | unpack)),
+        ]
+        with m.If(fetch):
+            m.d.sync += [held_row.eq(next_row), next_row.eq(next_row + 1), fetch_left.eq(fetch_left - 1)]
+        with m.If(fetch | handed):
+            m.d.sync += held.eq(fetch)
+        with m.If(self.logits.valid & self.logits.ready):
+            m.d.sync += part.eq(Mux(part == parts - 1, 0, part + 1))
+            with m.Switch(part):
+                for i, piece in enumerate(pieces):
+                    with m.Case(i):
+                        m.d.sync += piece.eq(self.logits.payload)
+        full = self.logits.valid & self.logits.ready & (part == parts - 1)
+        with m.If(full | unpack):
+            m.d.sync += packed.eq(full)
+
+        m.d.comb += self.busy.eq(1)
+        with m.FSM():
+            with m.State("IDLE"):
+                m.d.comb += [self.cmd.ready.eq(1), self.busy.eq(0)]
+                with m.If(self.cmd.valid):
+                    logits = command.opcode == _LAYOUTS["storel"].opcode
+                    m.d.sync += [
+                        is_logits.eq(logits), pc.eq(command.pc), address.eq(command.imm.as_unsigned()),
+                        tokens.eq(Mux(logits, 1, command.rows)), length.eq(storekv.record), row.eq(0),
+                        port.eq(command.x[:port_shift]),
+                        product.eq(Mux(logits, command.rows, command.x.as_unsigned() >> port_shift)
+                                   * Mux(logits, storel.count, storekv.record)),
+                    ]
+                    m.next = "SIZE"
+            with m.State("SIZE"):
+                with m.If(is_logits):
+                    m.d.sync += length.eq(product)
+                with m.Else():
+                    m.d.sync += address.eq(address + product)
+                m.next = "CHECK"
+            with m.State("CHECK"):
+                with m.If((tokens == 0) | (length == 0)):
+                    m.next = "DRAIN"
+                with m.Elif(~is_logits & (record_end > config.kvout_rows)):
+                    fail(FaultCause.BUFFER_RANGE)
+                    m.next = "STOP"
+                with m.Elif(run_end > self.limit):
+                    fail(FaultCause.MEMORY_RANGE, Mux(is_logits, 0, port))
+                    m.next = "STOP"
+                with m.Else():
+                    m.d.sync += [waiting.eq(Mux(is_logits, ~0, 1 << port[:port_shift])), left.eq(length),
+                                 next_row.eq(row), fetch_left.eq(Mux(is_logits, 0, length))]
+                    m.next = "MOVE"
+            with m.State("MOVE"):
+                m.d.comb += packing.eq(is_logits & (left > packed))
+                with m.If(handed | unpack):
+                    m.d.sync += left.eq(left - 1)
+                with m.If(left == 0):
+                    m.d.sync += [tokens.eq(tokens - 1), row.eq(record_end), port.eq(port + 1)]
+                    with m.If(port[:port_shift] == config.ports - 1):
+                        m.d.sync += address.eq(run_end)
+                    m.next = "CHECK"
+            with m.State("DRAIN"):
+                with m.If(self.fault.valid):  # an error is reported before its writer turns idle
+                    m.next = "STOP"
+                with m.Elif(~Cat(writer.busy for writer in writers).any()):
+                    m.d.comb += self.done.eq(1)
+                    m.next = "IDLE"
+            with m.State("STOP"):
+                pass
+        for p, writer in reversed(list(enumerate(writers))):
+            with m.If(writer.error):
+                fail(FaultCause.WRITE_ERROR, p)
+        return m

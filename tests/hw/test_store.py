@@ -1,0 +1,187 @@
+"""StoreUnit writes exactly what its numpy model writes, is done only when memory has answered, and stops at faults."""
+
+import dataclasses
+
+import cocotb
+import numpy as np
+import pytest
+from amaranth.back import rtlil
+from axi_memory import DECERR, SLVERR, AxiMemory
+from cocotb.triggers import ClockCycles, RisingEdge
+from commands import command_source
+from skipopu.hw.blocks.command import Fault
+from skipopu.hw.blocks.store import StoreUnit
+from skipopu.hw.config import PRESETS, OverlayConfig, preset
+from skipopu.hw.registers import FaultCause
+from skipopu.sim.bench import Stall, StreamSource, bench, bench_parameters, cycle, run_bench, unpack
+
+TINY = preset("tiny")
+WIDE = dataclasses.replace(TINY, name="wide", ports=8)  # four rows of logits in a superbeat
+SUPERBEATS = 2048
+
+
+class Bench:
+    """Memories full of noise on all ports, KVOUT with noise, and the model's memory to compare with."""
+
+    def __init__(self, dut, *, latency=5, stall=0.0, seed=0, errors=None, base=0x20_0000):
+        self.dut, self.config = dut, OverlayConfig(**bench_parameters())
+        self.rng = rng = np.random.default_rng(seed)
+        config = self.config
+        self.width = config.port_bits // 8
+        self.expected = rng.integers(0, 256, (config.ports, SUPERBEATS, self.width), dtype=np.uint8)
+        self.kvout = rng.integers(0, 256, (config.kvout_rows, self.width), dtype=np.uint8)
+        self.ports = []
+        for p in range(config.ports):
+            start = base + 0x1_0000 * p
+            getattr(dut, f"base__{p}").value = start
+            refused = {start + self.width * address: code for port, address, code in errors or [] if port == p}
+            self.ports.append(AxiMemory(dut, f"axi__{p}", bytearray(self.expected[p].tobytes()), base=start,
+                                        latency=latency, stall=stall, seed=seed, errors=refused))
+        dut.limit.value = SUPERBEATS
+        self.logits = StreamSource(dut, "logits", stall=stall, seed=seed)
+        self.done = []
+        cocotb.start_soon(self._count_done())
+        cocotb.start_soon(self._serve_kvout())
+
+    async def _count_done(self):
+        while True:
+            await RisingEdge(self.dut.clk)
+            if self.dut.done.value:
+                self.done.append((cycle(), self.image()))
+
+    async def _serve_kvout(self):
+        while True:
+            await RisingEdge(self.dut.clk)
+            row = self.kvout[self.dut.kvout_row.value.to_unsigned()]
+            self.dut.kvout_data.value = int.from_bytes(row.tobytes(), "little")
+
+    def send(self, commands, **options):
+        """Send commands and the logits of STOREL; the model follows each."""
+        images = []
+        for name, fields in commands:
+            source = self.kvout
+            if name == "storel":
+                beats = fields["rows"] * fields["count"] * self.config.superbeat_bytes // (4 * self.config.vector_lanes)
+                source = self.rng.integers(0, 256, (beats, 4 * self.config.vector_lanes), np.uint8)
+                self.logits.send(int.from_bytes(line.tobytes(), "little") for line in source)
+            StoreUnit.model(self.config, self.expected, source, name, **fields)
+            images.append([port.tobytes() for port in self.expected])
+        command_source(self.dut, self.config, commands, **options)
+        return images
+
+    def image(self):
+        return [bytes(port.data) for port in self.ports]
+
+    async def finish(self, count):
+        while len(self.done) < count:
+            await RisingEdge(self.dut.clk)
+
+    async def fault(self):
+        while not (fault := unpack(Fault, self.dut.fault.value.to_unsigned()))["valid"]:
+            await RisingEdge(self.dut.clk)
+        return {name: fault[name] for name in ("cause", "port", "pc")}
+
+
+def make_commands(config, rng, count):
+    last = SUPERBEATS * config.ports
+    yield from [
+        ("storekv", {"imm": 0, "rows": 1, "x": 0, "record": 1}),
+        ("storekv", {"imm": 3, "rows": 0, "x": 0, "record": 9}),
+        ("storekv", {"imm": 0, "rows": config.ports + 1, "x": config.ports - 1, "record": 20}),
+        ("storekv", {"imm": 1, "rows": 4, "x": 3, "record": config.kvout_rows // 4}),
+        ("storekv", {"imm": SUPERBEATS - 8, "rows": 1, "x": config.ports - 1, "record": 8}),
+        ("storekv", {"imm": 0, "rows": 1, "x": last - 1, "record": 1}),
+        ("storel", {"imm": SUPERBEATS - 1, "rows": 1, "count": 1}),
+        ("storel", {"imm": 5, "rows": 2, "count": 0}),
+        ("storel", {"imm": 7, "rows": 3, "count": 21}),
+    ]
+    for _ in range(count):
+        if rng.integers(2):
+            yield "storel", {"imm": int(rng.integers(1500)), "rows": int(rng.integers(1, 4)),
+                             "count": int(rng.integers(1, 40))}
+        else:
+            yield "storekv", {"imm": int(rng.integers(500)), "rows": int(rng.integers(1, 5)),
+                              "x": int(rng.integers(8 * config.ports)), "record": int(rng.integers(1, 40))}
+
+
+@bench(stall=Stall, seed=[1], timeout_cycles=100_000)
+async def writes_what_the_model_says(dut, stall, seed):
+    """Checked at every done: all of the command is in memory, nothing else, nothing of the next command yet."""
+    b = Bench(dut, stall=stall, seed=seed)
+    commands = list(make_commands(b.config, b.rng, 6))
+    images = b.send(commands, stall=stall, seed=seed)
+    await b.finish(len(commands))
+    for (name, fields), (_, got), want in zip(commands, b.done, images):
+        assert got == want, f"{name} {fields}"
+    await ClockCycles(dut.clk, 50)
+    assert b.image() == images[-1] and len(b.done) == len(commands) and not dut.busy.value
+
+
+@bench(command=[("storekv", {"imm": 0, "rows": 3, "x": 1, "record": 4}), ("storel", {"imm": 0, "rows": 1, "count": 4})])
+async def is_done_after_the_last_response(dut, command):
+    b = Bench(dut, latency=100)
+    started = cycle()
+    b.send([command])
+    await b.finish(1)
+    assert 100 < b.done[0][0] - started < 140  # the ports overlap
+
+
+@bench()
+async def copies_a_beat_in_every_cycle(dut):
+    b = Bench(dut, latency=5)
+    started = cycle()
+    b.send([("storekv", {"imm": 0, "rows": 4, "x": 0, "record": 200})])
+    await b.finish(1)
+    assert b.done[0][0] - started < 4 * (200 + 5) + 40
+
+
+@bench(command=["storekv", "storel"], port=[0, 1], code=[SLVERR, DECERR])
+async def stops_at_a_write_error(dut, command, port, code):
+    b = Bench(dut, errors=[(port, 7, code)])
+    fields = {"storekv": {"imm": 0, "rows": 4, "x": 0, "record": 8}, "storel": {"imm": 0, "rows": 1, "count": 16}}
+    other = {"rows": 1, "count": 1}
+    b.send([("storel", {"imm": 600, **other}), (command, fields[command]), ("storel", {"imm": 900, **other})])
+    assert await b.fault() == {"cause": FaultCause.WRITE_ERROR, "port": port, "pc": 101}
+    await ClockCycles(dut.clk, 100)
+    assert len(b.done) == 1
+
+
+@bench(command=[
+    ("storekv", {"imm": SUPERBEATS - 8, "rows": 2, "x": 7, "record": 5}),
+    ("storekv", {"imm": 0, "rows": 1, "x": -1, "record": 5}),
+    ("storekv", {"imm": -1, "rows": 1, "x": 0, "record": 1}),
+    ("storel", {"imm": SUPERBEATS - 5, "rows": 2, "count": 3}),
+    ("storel", {"imm": 0, "rows": 4095, "count": (1 << 24) - 1}),
+    ("storel", {"imm": -1, "rows": 1, "count": 1}),
+])
+async def refuses_addresses_beyond_the_limit(dut, command):
+    b = Bench(dut)
+    command_source(dut, b.config, [command])
+    fault = await b.fault()
+    assert (fault["cause"], fault["pc"]) == (FaultCause.MEMORY_RANGE, 100)
+    await ClockCycles(dut.clk, 100)
+    limits = [port.base + SUPERBEATS * b.width for port in b.ports]
+    assert all(address + count * b.width <= limit
+               for port, limit in zip(b.ports, limits) for address, count in port.writes)
+    assert not b.done
+
+
+@bench()
+async def refuses_rows_beyond_kvout(dut):
+    b = Bench(dut)
+    command_source(dut, b.config, [("storekv", {"imm": 0, "rows": 2, "x": 0, "record": b.config.kvout_rows // 2 + 1})])
+    assert await b.fault() == {"cause": FaultCause.BUFFER_RANGE, "port": 0, "pc": 100}
+
+
+BENCHES = (writes_what_the_model_says, is_done_after_the_last_response, copies_a_beat_in_every_cycle,
+           stops_at_a_write_error, refuses_addresses_beyond_the_limit, refuses_rows_beyond_kvout)
+
+
+@pytest.mark.parametrize("config", [TINY, WIDE], ids=lambda config: config.name)
+def test_store_unit(config):
+    run_bench(StoreUnit(config=config), *BENCHES, parameters=dataclasses.asdict(config))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_elaborates(name):
+    assert "module" in rtlil.convert(StoreUnit(config=preset(name)), name="top", emit_src=False)
