@@ -1,0 +1,100 @@
+"""What the instructions of one run change, and where a run can be cut: the ground of comparing two devices.
+
+The program is walked as control would (`passes.check.walk`), so no device is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from skipopu.hw.config import OverlayConfig
+from skipopu.hw.isa import Destination, MatmulMode
+from skipopu.hw.registers import DebugBuffer
+
+from .passes.check import TAKES_STREAM, WRITES_ABUF, WRITES_MBUF, Arguments, walk
+from .program import Program
+
+__all__ = ["Effect", "Span", "run_effects"]
+
+_WEIGHTS = (MatmulMode.W4, MatmulMode.W4M, MatmulMode.W8)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes of device memory that an instruction writes: ``superbeats`` beats of one port (all for None)."""
+
+    port: int | None
+    address: int  # superbeat
+    superbeats: int
+
+
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """One dispatched instruction: what it writes, and whether the run may be cut behind it.
+
+    rows : on-chip rows, sorted int64 for each buffer; spans : of memory
+    cut : no stream between two units is open, so INSTRUCTION_LIMIT may stop here
+    """
+
+    pc: int
+    mnemonic: str
+    rows: dict[DebugBuffer, np.ndarray]
+    spans: tuple[Span, ...]
+    cut: bool
+
+
+def run_effects(config: OverlayConfig, program: Program, arguments: Arguments, tokens: Sequence[int]) -> list[Effect]:
+    """The effects of one run in the order of dispatch; entry i stands for INSTRUCTION_LIMIT i + 1."""
+    found, weights, results, logits = [], 0, 0, 0
+    for pc, mnemonic, _, fields in walk(program, arguments, tokens):
+        match mnemonic:
+            case "loadw":
+                weights += 1
+            case "matmul":
+                weights -= fields["mode"] in _WEIGHTS
+                results += 1
+            case "storel":
+                logits -= 1
+        results -= mnemonic in TAKES_STREAM
+        logits += mnemonic == "vlogits"
+        found.append(Effect(pc, mnemonic, _rows(config, mnemonic, fields), _spans(config, mnemonic, fields),
+                            cut=not (weights or results or logits)))
+    return found
+
+
+def _offsets(*loops: tuple[int, int]) -> np.ndarray:
+    total = np.zeros(1, np.int64)
+    for count, stride in loops:
+        total = (total[:, None] + np.arange(count) * stride).reshape(-1)
+    return total
+
+
+def _rows(config: OverlayConfig, mnemonic: str, f: dict[str, int]) -> dict[DebugBuffer, np.ndarray]:
+    """Rows of on-chip buffers that one instruction writes, from its fields with registers already added."""
+    if mnemonic == "loada":
+        return {DebugBuffer.ABUF: np.unique(f["x"] + _offsets((f["rows"], f["dst_stride"]), (f["beats"], 1)))}
+    if mnemonic not in (*WRITES_ABUF, *WRITES_MBUF, "vrope"):
+        return {}
+    beats = f["beats"] // 2 if mnemonic == "vswiglu" else f["beats"]
+    offsets = _offsets((f["heads"], f["head_stride"]), (f["groups"], f["group_stride"]), (f["rows"], f["row_stride"]),
+                       (beats, 1))
+    source, target = f["imm"] & 0xFFFF, f["imm"] >> 16 & 0xFFFF
+    rows = {}
+    if mnemonic in WRITES_ABUF:
+        rows[DebugBuffer.ABUF] = np.unique(source + offsets)
+    if mnemonic == "vrope" and f["dest"] == Destination.KVOUT:
+        rows[DebugBuffer.KVOUT] = np.unique((target + offsets) // (config.beat_elements // config.vector_lanes))
+    elif mnemonic in (*WRITES_MBUF, "vrope"):
+        rows[DebugBuffer.MBUF] = np.unique((target + offsets) // (config.lanes // config.vector_lanes))
+    return rows
+
+
+def _spans(config: OverlayConfig, mnemonic: str, f: dict[str, int]) -> tuple[Span, ...]:
+    if mnemonic == "storel":
+        return (Span(None, f["imm"], f["rows"] * f["count"]),)
+    if mnemonic == "storekv":
+        return tuple(Span(position % config.ports, f["imm"] + position // config.ports * f["record"], f["record"])
+                     for position in range(f["x"], f["x"] + f["rows"]))
+    return ()
