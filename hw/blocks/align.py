@@ -1,0 +1,108 @@
+"""Block alignment: FP32 elements to integer mantissas with one shared exponent, as docs/numerics.md defines."""
+
+import operator
+
+import numpy as np
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+
+from ..formats import KV_BITS, MANTISSA_BITS
+from .fp import delay, fields_model
+
+__all__ = ["BlockAlign"]
+
+_FIRST_GROUP = 8  # elements whose largest exponent, and whose sum, is formed in one stage
+
+
+def _tree(values, combine):
+    """``combine`` over a list, pairwise, as a balanced tree."""
+    while len(values) > 1:
+        values = [combine(*pair) if len(pair) == 2 else pair[0]
+                  for pair in (values[i:i + 2] for i in range(0, len(values), 2))]
+    return values[0]
+
+
+class BlockAlign(wiring.Component):
+    """Mantissas, shared exponent and sum of mantissas of one block, a block each cycle.
+
+    Members
+    -------
+    a : In(32) array of ``block``, FP32 bits
+    narrow : In(1), mantissas of 12 bits (queries, probabilities) instead of 16; sampled with ``a``
+    en : In(latency), register enables
+    m : Out(signed(16)) array of ``block``, sign-extended when narrow
+    e : Out(signed(9)), -127 for a block of zeros
+    s : Out(signed), sum of ``m``
+    """
+
+    latency = 6
+
+    def __init__(self, block=32):
+        if block < 1 or block & (block - 1):
+            raise ValueError(f"block must be a power of two, not {block}")
+        self._block = block
+        super().__init__({
+            "a": In(32).array(block), "narrow": In(1), "en": In(self.latency),
+            "m": Out(signed(MANTISSA_BITS)).array(block), "e": Out(signed(9)),
+            "s": Out(signed(MANTISSA_BITS + block.bit_length() - 1)),
+        })
+
+    @staticmethod
+    def model(a, bits):
+        """(m, e, s) as int64 of FP32 bits [..., block], with m [..., block]; ``bits`` is 16 or 12."""
+        negative, field, significand = fields_model(a)
+        top = field.max(axis=-1, keepdims=True)
+        down = np.minimum(25 - bits + top - field, 40)
+        magnitude = np.minimum((significand + (1 << (down - 1))) >> down, (1 << (bits - 1)) - 1)
+        mantissa = np.where(negative, -magnitude, magnitude)
+        return mantissa, top[..., 0] - 127, mantissa.sum(axis=-1)
+
+    def elaborate(self, platform):
+        m = Module()
+        block, en = self._block, self.en
+
+        def register(stage, value, name):
+            return delay(m, value, [en[stage]], name)
+
+        def groups(values, stage, combine, name):
+            return [register(stage, _tree(values[i:i + _FIRST_GROUP], combine), f"{name}_{i}")
+                    for i in range(0, block, _FIRST_GROUP)]
+
+        # 1, 2: the largest exponent. Sign and the upper 16 bits of the significand are all that later stages need.
+        def larger(x, y):
+            return Mux(x > y, x, y)
+
+        top = register(1, _tree(groups([a[23:31] for a in self.a], 0, larger, "largest"), larger), "top")
+        narrow = delay(m, self.narrow, en[:2], "narrow")
+        held = [delay(m, Cat(a[8:23], a[23:32]), en[:2], f"held_{k}") for k, a in enumerate(self.a)]
+
+        # 3: shift to the block's exponent, with one bit below the mantissa
+        narrow_places = Mux(narrow, MANTISSA_BITS - KV_BITS, 0)
+        shifted, signs = [], []
+        for k, element in enumerate(held):
+            field, distance = element[15:23], Signal(9, name=f"distance_{k}")
+            m.d.comb += distance.eq(top - field + narrow_places)
+            places = Mux(distance > 16, 16, distance)[:5]
+            value = Mux(field.any(), Cat(element[:15], Const(1, 1)), 0)
+            shifted.append(register(2, value >> places, f"shifted_{k}"))
+            signs.append(register(2, element[23], f"sign_{k}"))
+
+        narrow = register(2, narrow, "narrow_limit")
+
+        # 4: round half up, clamp (only rounding up to the next power of two exceeds the limit), sign
+        mantissas = []
+        for k, (value, sign) in enumerate(zip(shifted, signs)):
+            rounded = Signal(MANTISSA_BITS, name=f"rounded_{k}")
+            m.d.comb += rounded.eq((value + 1)[1:])
+            magnitude = rounded - Mux(narrow, rounded[KV_BITS - 1], rounded[MANTISSA_BITS - 1])
+            mantissas.append(register(3, Mux(sign, -magnitude, magnitude)[:MANTISSA_BITS], f"mantissa_{k}").as_signed())
+
+        # 5, 6: the sum
+        total = _tree([x.as_signed() for x in groups(mantissas, 4, operator.add, "sum")], operator.add)
+        m.d.comb += [
+            self.s.eq(register(5, total, "total").as_signed()),
+            self.e.eq(delay(m, (top - 127)[:9], en[2:], "exponent").as_signed()),
+            *(out.eq(delay(m, x, en[4:], f"out_{k}")) for k, (out, x) in enumerate(zip(self.m, mantissas))),
+        ]
+        return m
