@@ -103,7 +103,7 @@ class Overlay(wiring.Component):
             csr.argmax_index.eq(vector.argmax), csr.argmax_value.eq(vector.argmax_value),
         ]
         word, row, buffer = csr.debug_address[:8], csr.debug_address[8:28], csr.debug_address[28:]
-        idle = ~control.running
+        idle = ~csr.control.running
         m.d.comb += [
             vector.debug_row.eq(row), compute.debug_row.eq(row), compute.debug.eq(idle),
             vector.kvout_row.eq(Mux(idle, row, store.kvout_row)),

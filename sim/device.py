@@ -55,7 +55,7 @@ class RtlDevice(Device):
     def __init__(self, config: OverlayConfig, memory_bytes: int, *, timing: MemoryTiming | None = None,
                  trace: bool = False, log: Callable[[str], None] | None = None, verilog: str | None = None) -> None:
         self.config = config
-        unit = max(config.port_bits // 8, 32)
+        unit = 256  # a line of the instruction cache: the last one is fetched whole
         self.memory_bytes = -(-memory_bytes // unit) * unit
         self.memories = [np.zeros(self.memory_bytes, np.uint8) for _ in range(config.ports)]
         self.sim = NativeSim(verilog or cached_verilog(config, log), config.ports, config.port_bits,

@@ -414,7 +414,7 @@ class VectorUnit(wiring.Component):
             m.d.sync += [best.eq(best_now), best_open.eq(open_now)]
         with m.If(row_done):
             m.d.sync += known.bit_select(walk_max.state, 1).eq(1)
-        m.submodules.minus_float = minus_float = FromInt(width=17)
+        m.submodules.minus_float = minus_float = FromInt(width=32)
         minus_valid = [Signal(name=f"minus_valid{i}") for i in range(FromInt.latency)]
         minus_state = [Signal(range(states), name=f"minus_state{i}") for i in range(FromInt.latency)]
         chain = [row_done, *minus_valid]
