@@ -27,12 +27,12 @@ def round32(exact: np.ndarray) -> np.ndarray:
     return kept.astype(np.float32).astype(np.float64)
 
 
-def mul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def mul(a: np.ndarray, b: np.ndarray | np.float64) -> np.ndarray:
     """FP32 product; FP32 in float64."""
     return round32(np.multiply(a, b))
 
 
-def add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def add(a: np.ndarray, b: np.ndarray | np.float64) -> np.ndarray:
     """FP32 sum; FP32 in float64."""
     return round32(np.add(a, b))
 
@@ -42,7 +42,7 @@ def scale2(x: np.ndarray, n: np.ndarray) -> np.ndarray:
     return round32(np.ldexp(x, n))
 
 
-def from_int(value: np.ndarray, n: np.ndarray) -> np.ndarray:
+def from_int(value: np.ndarray, n: np.ndarray | int) -> np.ndarray:
     """value * 2^n rounded to FP32. value : int64 or whole float64; FP32 in float64."""
     if value.dtype == np.int64:
         # Beyond 53 bits the conversion to float64 would round by itself: fold the low bits into one sticky bit.

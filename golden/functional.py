@@ -12,21 +12,12 @@ from typing import NoReturn
 import numpy as np
 import torch
 from skipopu.hw.config import OverlayConfig
-from skipopu.hw.isa import Condition, Instruction, IsaError, MatmulMode, Unit, decode
+from skipopu.hw.isa import Condition, Instruction, IsaError, Unit, decode
 from skipopu.hw.registers import FaultCause
 
-from .arithmetic import from_int
-from .operands import (
-    KvTile,
-    OperandCache,
-    ProgramError,
-    WeightTiles,
-    linear,
-    unpack_kv,
-    unpack_weights,
-    weight_superbeats,
-)
-from .state import BeatStream, MachineFault, MachineState, Write, nest
+from .matrix import MatrixUnit
+from .operands import OperandCache, ProgramError, linear, unpack_kv
+from .state import BeatStream, MachineFault, MachineState, Write
 from .vector import VectorUnit
 
 __all__ = ["COUNTERS", "FunctionalMachine", "MachineFault", "ProgramError", "Write"]
@@ -34,7 +25,6 @@ __all__ = ["COUNTERS", "FunctionalMachine", "MachineFault", "ProgramError", "Wri
 COUNTERS = ("instructions", "saturations", "weights_read", "kv_read", "activations_read", "kv_written",
             "logits_written")
 WORD_BYTES = 32
-SLOTS = 2  #: KV tiles that the KV buffer holds
 Observer = Callable[[int, Instruction, dict[str, int], list[Write]], None]
 
 
@@ -72,12 +62,10 @@ class FunctionalMachine(MachineState):
         self._per_beat = config.port_bits // 8
         per_tile = config.columns // config.vector_lanes
         self._results, self._logits = BeatStream(per_tile), BeatStream(per_tile)
-        self._vector = VectorUnit(self, self._results, self._logits, self._fail, self._value_exponent)
-        self._weights: list[tuple[int, int]] = []  # (address, superbeats) not yet consumed
-        self._tiles: list[KvTile] = []  # oldest first
-        self._scored = 0  # tiles of _tiles whose QK is done
-        self._units = {"loadw": self._loadw, "loada": self._loada, "loadkv": self._loadkv, "matmul": self._matmul,
-                       "storekv": self._storekv, "storel": self._storel}
+        self._matrix = MatrixUnit(self, self.memories, self.cache, self._results, self._fail)
+        self._vector = VectorUnit(self, self._results, self._logits, self._fail, self._matrix.value_exponent)
+        self._units = {"loadw": self._loadw, "loada": self._loada, "loadkv": self._loadkv,
+                       "matmul": self._matrix.execute, "storekv": self._storekv, "storel": self._storel}
 
     # ---- running
 
@@ -97,7 +85,7 @@ class FunctionalMachine(MachineState):
         self._table = [*tokens, *[0] * (self.config.tokens - len(tokens))]
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.saturations = 0
-        self._weights.clear()
+        self._matrix.weights.clear()
         self._results.items.clear()
         self._logits.items.clear()
         before = torch.get_num_threads()
@@ -111,8 +99,7 @@ class FunctionalMachine(MachineState):
     def reset(self) -> None:
         """State after power-up; memories and what was unpacked from them are kept."""
         super().__init__(self.config)
-        self._tiles.clear()
-        self._scored = 0
+        self._matrix.forget_tiles()
 
     def invalidate(self, address: int | None = None, size: int = 0) -> None:
         """Forget what was unpacked from these bytes of any port (all, without arguments): call after writing memory."""
@@ -171,7 +158,7 @@ class FunctionalMachine(MachineState):
         raise MachineFault(cause, self._at, detail, port)
 
     def _check_idle(self) -> None:
-        for what, left in (("superbeats of weights", sum(count for _, count in self._weights)),
+        for what, left in (("superbeats of weights", sum(count for _, count in self._matrix.weights)),
                            ("beats of matmul results", len(self._results)), ("beats of logits", len(self._logits))):
             if left:
                 self._fail(FaultCause.WATCHDOG, f"halt with {left} {what} that nothing consumes")
@@ -205,7 +192,7 @@ class FunctionalMachine(MachineState):
 
     def _loadw(self, values: dict[str, int]) -> list[Write]:
         self._range(values["imm"], values["count"])
-        self._weights.append((values["imm"], values["count"]))
+        self._matrix.weights.append((values["imm"], values["count"]))
         self.counters["weights_read"] += values["count"] * self.config.superbeat_bytes
         return []
 
@@ -235,103 +222,10 @@ class FunctionalMachine(MachineState):
         if heads * dims // config.lanes > config.kvbuf_heads:
             self._fail(FaultCause.BUFFER_RANGE, f"{heads} KV heads of {dims}, the KV buffer has {config.kvbuf_heads} "
                                                 f"x {config.lanes}")
-        self._tiles.append(self.cache.get(("kv", *key), address, address + count,
+        self._matrix.tiles.append(self.cache.get(("kv", *key), address, address + count,
                                           lambda: unpack_kv(config, self.memories, *key)))
         self.counters["kv_read"] += count * config.superbeat_bytes
         return []
-
-    # ---- compute unit
-
-    def _matmul(self, values: dict[str, int]) -> list[Write]:
-        config, k_tiles = self.config, values["k_tiles"]
-        span = nest(values["heads"], values["groups"], values["rows"], k_tiles, values["head_stride"],
-                    values["group_stride"], values["row_stride"])
-        if not span.offset.size or not values["n_tiles"]:
-            raise ProgramError("matmul: heads, groups, rows, n_tiles and k_tiles must be at least 1")
-        width = values["beats"] * config.vector_lanes
-        if width > values["n_tiles"] * config.columns or width <= (values["n_tiles"] - 1) * config.columns:
-            raise ProgramError(f"matmul.beats must reach into the last of {values['n_tiles']} column tiles, "
-                               f"not be {values['beats']}")
-        if values["groups"] * values["rows"] > config.acc_rows or values["x"] < 0 or (
-                values["x"] + span.span > config.mbuf_rows):
-            self._fail(FaultCause.BUFFER_RANGE, f"{values['groups']} x {values['rows']} accumulator rows, mbuf rows "
-                                                f"{values['x']}..{values['x'] + span.span - 1}")
-        rows = values["x"] + span.offset  # [h, g, t, k]
-        emax = self.mbuf_emax[rows[..., 0]].astype(np.int64)  # [h, g, t]
-        drop = self.mbuf_exponents[rows] - emax[..., None, None]
-        if drop.max() > 0:
-            raise ProgramError("matmul reads a vector whose first row is not the first row of an aligned vector")
-        # A block whose shift is 63 or more contributes 0 or -1 at any such shift, so powers of two stay ordinary.
-        scale = np.ldexp(1.0, np.maximum(drop, -63))  # [h, g, t, k, blocks]
-        x = self.mbuf[rows].reshape(*scale.shape, config.block) * scale[..., None]
-        heads, shape = values["heads"], emax.shape
-        # to [h, blocks, rows, block]
-        x = x.reshape(heads, -1, scale.shape[-2] * scale.shape[-1], config.block).swapaxes(1, 2)
-        mode = values["mode"]
-        if mode in (MatmulMode.W4, MatmulMode.W4M, MatmulMode.W8):
-            sums = (self.mbuf_sums[rows] * scale).reshape(heads, -1, x.shape[1])  # [h, rows, blocks]
-            acc = np.stack([_weighted(tiles, part, total) for tiles, part, total in
-                            zip(self._operand(MatmulMode(mode), values), x, sums)])[..., :width]
-            exponent = emax[..., None] + values["scale_exponent"] - 39
-        elif mode in (MatmulMode.QK, MatmulMode.PV):
-            acc, exponent = self._attend(mode, x, width, emax)
-        else:
-            raise ProgramError(f"matmul.mode must be a MatmulMode, not {mode}")
-        y = from_int(acc.reshape(*shape, width), exponent)
-        self._results.put(y.reshape(*shape, -1, config.vector_lanes))
-        return []
-
-    def _operand(self, mode: MatmulMode, values: dict[str, int]) -> list[WeightTiles]:
-        """The next weight stream, unpacked; one item per head."""
-        sizes = values["heads"], values["n_tiles"], values["k_tiles"]
-        need = weight_superbeats(self.config, mode, sizes[0] * sizes[1] * sizes[2])
-        ranges, missing = [], need
-        while missing and self._weights:
-            address, count = self._weights.pop(0)
-            used = min(count, missing)
-            ranges.append((address, used))
-            missing -= used
-            if used < count:
-                self._weights.insert(0, (address + used, count - used))
-        if missing:
-            self._fail(FaultCause.WATCHDOG, f"needs {need} superbeats of weights, {missing} are missing")
-
-        def build() -> list[WeightTiles]:
-            stream = np.concatenate([linear(self.config, self.memories, *part) for part in ranges])
-            return unpack_weights(self.config, mode, stream, *sizes, values["scale_exponent"])
-
-        key = ("weights", mode, *sizes, values["scale_exponent"], *ranges)
-        first, last = min(address for address, _ in ranges), max(address + count for address, count in ranges)
-        return self.cache.get(key, first, last, build)
-
-    def _attend(self, mode: int, x: np.ndarray, width: int, emax: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """QK or PV: (accumulators [h, rows, width], exponents [h, g, t, width or 1])."""
-        place = self._scored if mode == MatmulMode.QK else 0
-        if place >= min(len(self._tiles), SLOTS) or mode == MatmulMode.PV and not self._scored:
-            self._fail(FaultCause.WATCHDOG, f"{MatmulMode(mode).name} without a KV tile ({len(self._tiles)} loaded, "
-                                            f"{self._scored} scored)")
-        tile = self._tiles[place]
-        operand = tile.key if mode == MatmulMode.QK else tile.value
-        if operand.shape[0] < x.shape[0] or operand.shape[1] != x.shape[1]:
-            raise ProgramError(f"matmul {MatmulMode(mode).name} of {x.shape[0]} heads x {x.shape[1]} blocks does not "
-                               f"fit the KV tile: {operand.shape[0]} x {operand.shape[1]}")
-        dots = x @ operand[: x.shape[0]].astype(np.float64)  # [h, blocks, rows, columns]
-        dots *= 1024
-        acc = np.floor(dots, out=dots).sum(1)
-        if acc.shape[-1] < width:
-            acc = np.pad(acc, ((0, 0), (0, 0), (0, width - acc.shape[-1])))
-        acc = acc[..., :width]
-        if mode == MatmulMode.PV:
-            self._tiles.pop(0)
-            self._scored -= 1
-            return acc, emax[..., None] - 20
-        self._scored += 1
-        return acc, emax[..., None] + tile.key_exponent[: x.shape[0], None, None, :width] - 45
-
-    def _value_exponent(self) -> np.ndarray:
-        if not self._tiles:
-            self._fail(FaultCause.WATCHDOG, "probabilities without a KV tile")
-        return self._tiles[0].value_exponent
 
     # ---- store unit
 
@@ -368,23 +262,3 @@ class FunctionalMachine(MachineState):
         self.cache.invalidate(values["imm"], values["imm"] + count)
         self.counters["logits_written"] += count * config.superbeat_bytes
         return [Write("memory", values["imm"] + np.arange(count))]
-
-
-def _weighted(tiles: WeightTiles, x: np.ndarray, sums: np.ndarray) -> np.ndarray:
-    """Accumulators float64 [rows, columns] of x float64 [blocks, rows, block], its sums [rows, blocks]; both scaled by
-    the block's power of two."""
-    planes = tiles.codes[0].shape[0] // len(x)
-    x = torch.from_numpy(np.ascontiguousarray(np.concatenate([x] * planes), np.float32))
-    columns = []
-    for chunk, (codes, scale) in enumerate(zip(tiles.codes, tiles.scale)):
-        dots = torch.bmm(x, torch.from_numpy(codes)).numpy()  # [planes * blocks, rows, columns], exact
-        acc = np.empty((dots.shape[1], dots.shape[2]))
-        term = np.empty_like(scale)
-        for row, total in enumerate(acc):
-            np.multiply(dots[:, row], scale, out=term)
-            np.floor(term, out=term).sum(0, out=total)
-            if tiles.minimum is not None:
-                np.multiply(sums[row][:, None], tiles.minimum[chunk], out=term)
-                total += np.floor(term, out=term).sum(0)
-        columns.append(acc)
-    return np.concatenate(columns, 1)

@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from exact import block_by_text, exact, rounded
 from skipopu.golden import arithmetic, functions
 from skipopu.golden.arithmetic import LARGEST, LOWEST, add, align, align_kv, from_int, half_parts, mul, scale2, to_half
 
@@ -13,25 +14,6 @@ CORNERS = np.array([
     0x3F800001, 0x3F7FFFFF, 0x3FFFFFFF, 0x33800000, 0x33800001, 0x337FFFFF, 0xB3800000, 0x33000000, 0x3FC00000,
     0x1FB504F3, 0x20000000, 0x1FFFFFFF, 0x5F800000, 0x5F3504F3, 0x4B800000, 0xCB800001,
 ], np.uint32).view(np.float32)
-
-
-def exact(value):
-    """The number that FP32 bits mean: exponent field 0 is zero, 255 an ordinary exponent."""
-    bits = int(np.float32(value).view(np.uint32)) if not isinstance(value, int) else value
-    field, magnitude = bits >> 23 & 255, Fraction(bits & 0x7FFFFF | 0x800000)
-    return Fraction(0) if field == 0 else (-1 if bits >> 31 else 1) * magnitude * Fraction(2) ** (field - 150)
-
-
-def rounded(value):
-    """Nearest 24-bit number, ties to even; flushed below 2^-126 before rounding; clamped. A Fraction."""
-    magnitude = abs(value)
-    if magnitude < Fraction(1, 2**126):
-        return Fraction(0)
-    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
-    exponent -= Fraction(2) ** exponent > magnitude
-    unit = Fraction(2) ** (exponent - 23)
-    result = min(round(magnitude / unit) * unit, Fraction(LARGEST))  # round() of a Fraction goes to even
-    return result if value > 0 else -result
 
 
 def random_bits(rng, count, low=0, high=256):
@@ -93,18 +75,6 @@ def test_from_int_rounds_once():
     array = np.array(values, np.int64)
     for n in (np.zeros(len(values), np.int64), exponents):
         check(from_int(array, n), [rounded(v * Fraction(2) ** int(k)) for v, k in zip(values, n)], array, n)
-
-
-def block_by_text(values, bits):
-    """e, mantissas of a block of Fractions, word for word from the text."""
-    magnitudes = [abs(v) for v in values]
-    if not any(magnitudes):
-        return -127, [0] * len(values)
-    top = max(magnitudes)
-    e = top.numerator.bit_length() - top.denominator.bit_length()
-    e -= Fraction(2) ** e > top
-    m = [min((v * Fraction(2) ** (bits - 2 - e) + Fraction(1, 2)).__floor__(), 2 ** (bits - 1) - 1) for v in magnitudes]
-    return e, [-k if v < 0 else k for k, v in zip(m, values)]
 
 
 @pytest.mark.parametrize("bits", [16, 12])
