@@ -211,8 +211,9 @@ def _in_memory(pair: _Pair, run: _Run, effect: Effect, hint: str = "") -> Differ
     first, second = (data[superbeat].tobytes() for data in pair.memory(span))
     element = byte // np.dtype(kind).itemsize
     place = "memory" if span.port is None else f"memory of port {span.port}"
-    return _difference(run, effect.pc, pair.program.describe(effect.pc) + hint, pair.program.notes[effect.pc].tensor, place, span.address + superbeat,
-                       element, _value(first, kind, element), _value(second, kind, element))
+    return _difference(run, effect.pc, pair.program.describe(effect.pc) + hint, pair.program.notes[effect.pc].tensor,
+                       place, span.address + superbeat, element, _value(first, kind, element),
+                       _value(second, kind, element))
 
 
 def _on_chip(pair: _Pair, run: _Run, effect: Effect, buffer: DebugBuffer, row: int) -> Difference:

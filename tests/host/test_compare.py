@@ -127,7 +127,7 @@ def test_effects_name_what_the_machine_writes(compiled):
                 rows = effect.rows[DebugBuffer[write.buffer.upper()]]
                 np.testing.assert_array_equal(rows, np.unique(write.rows), err_msg=compiled.program.describe(pc))
             elif write.buffer == "memory":
-                rows = np.concatenate([np.arange(span.address, span.address + span.superbeats) for span in effect.spans])
+                rows = np.concatenate([span.address + np.arange(span.superbeats) for span in effect.spans])
                 np.testing.assert_array_equal(np.unique(rows), np.unique(write.rows))
 
 

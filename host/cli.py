@@ -1,0 +1,298 @@
+"""The command ``skipopu``. Thin: options in, text, numbers or one line of error out; the work is done elsewhere.
+
+Everything heavy is imported inside the commands, so that help and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from skipopu.hw.config import PRESETS
+
+from .console import note, print_json, progress, whole_file
+
+if TYPE_CHECKING:
+    from .compiled import Compiled
+    from .generation import Generator
+    from .model import Model
+    from .runtime import Accelerator
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(name="skipopu", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Run language models on an open FPGA overlay processor: on its RTL, its bit-exact model, or "
+                       "the float reference.")
+
+
+ModelOption = Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hugging Face folder, bundle, or a name "
+                                                                "that `skipopu models` lists.")]
+PromptOption = Annotated[str | None, typer.Option("-p", "--prompt", help="Text to continue.")]
+TokensOption = Annotated[str | None, typer.Option("--prompt-tokens", metavar="5,17,9",
+                                                  help="Token ids to continue, for models without a tokenizer.")]
+ChatOption = Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where the model runs: reference, functional or rtl.")]
+ConfigOption = Annotated[str | None, typer.Option("--config", help=f"Overlay configuration: {', '.join(PRESETS)}. "
+                                                                   "Default: sim, or the bundle's own.")]
+ContextOption = Annotated[int | None, typer.Option("--context", help="Positions to provide for. Default: the model's, "
+                                                                     "at most 2048.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+
+@app.command()
+def generate(model: ModelOption, prompt: PromptOption = None, prompt_tokens: TokensOption = None,
+             count: Annotated[int, typer.Option("-n", "--tokens", help="Tokens to generate at most.")] = 64,
+             chat: ChatOption = False, device: DeviceOption = "functional", config: ConfigOption = None,
+             context: ContextOption = None,
+             temp: Annotated[float | None, typer.Option("--temp", help="Sample at this temperature; 0 takes the "
+                                                                       "likeliest token.")] = None,
+             top_k: Annotated[int | None, typer.Option("--top-k", help="Sample from the k likeliest.")] = None,
+             top_p: Annotated[float | None, typer.Option("--top-p", help="Sample from the likeliest that reach this "
+                                                                         "probability.")] = None,
+             seed: Annotated[int, typer.Option("--seed", min=0, help="Of the random numbers.")] = 0,
+             as_json: JsonOption = False) -> None:
+    """Continue a prompt; text on stdout as it comes, timings on stderr."""
+    from .report import LABELS, Timing, memory_report, summary_lines
+    from .session import check_device
+    from .session import prompt_tokens as encode
+    check_device(device)
+    its_prompt = _prompt(prompt, prompt_tokens)
+    source = _open(model)
+    tokens = encode(source, *its_prompt, chat)
+    sampling = _sampling(temp, top_k, top_p, seed)
+    generator = _open_generator(source, device, config, context)
+    decoder = source.tokenizer.stream() if source.tokenizer else None
+    text: list[str] = []
+
+    def show(piece: str) -> None:
+        text.append(piece)
+        if not as_json:
+            print(piece, end="", flush=True)
+
+    begin, first, found = time.perf_counter(), 0.0, list[int]()
+    answers = generator.generate(tokens, count, sampling)
+    with progress(f"reading {len(tokens)} tokens"):
+        token = next(answers, None)
+        first = time.perf_counter() - begin
+    while token is not None:
+        found.append(token)
+        show(decoder.feed(token) if decoder else f"{' ' if text else ''}{token}")
+        token = next(answers, None)
+    show(decoder.finish() if decoder else "")
+    timing = Timing(first, time.perf_counter() - begin, len(found))
+    runs, its_config = getattr(generator, "stats", []), getattr(generator, "config", None)
+    report = {"text": "".join(text) if decoder else None, "tokens": found, "prompt_tokens": tokens,
+              "device": device, "config": its_config.name if its_config else None, "finish": generator.finish,
+              **timing.as_json(), **memory_report(runs, its_config), "labels": LABELS}
+    if as_json:
+        print_json(report)
+        return
+    print(flush=True)
+    for line in summary_lines(report):
+        note(line)
+
+
+@app.command()
+def compare(model: ModelOption, prompt: PromptOption = None, prompt_tokens: TokensOption = None,
+            count: Annotated[int, typer.Option("-n", "--tokens", help="Tokens to generate.")] = 16,
+            chat: ChatOption = False,
+            devices: Annotated[str, typer.Option("--devices", help="Which is right, and which is tested.")]
+            = "functional,rtl",
+            config: ConfigOption = None, context: ContextOption = None, as_json: JsonOption = False) -> None:
+    """Run two devices side by side; name the first instruction whose result differs, and exit with 1."""
+    from .compare import compare as run
+    from .session import parse_devices
+    from .session import prompt_tokens as encode
+    names = parse_devices(devices)
+    its_prompt = _prompt(prompt, prompt_tokens)
+    source = _open(model)
+    tokens = encode(source, *its_prompt, chat)
+    compiled = _compile(source, config, context)
+    first, second = (_open_device(name, compiled) for name in names)
+    total = len(tokens) + count - 1
+    with progress("comparing", total) as update:
+        for so_far in run(first, second, tokens, count):
+            result = so_far
+            update(first.position, None)
+    difference = result.difference
+    if as_json:
+        print_json({"devices": names, "config": compiled.config.name, "prompt_tokens": tokens, **result.as_json(),
+                    "labels": {"logits": "simulated", "generated": "simulated"}})
+    elif difference is None:
+        print(f"{' and '.join(names)} are equal bit for bit: {result.logits:,} logits of {result.runs} runs "
+              f"(simulated), {len(result.generated)} tokens generated (simulated)")
+        if source.tokenizer:
+            print(source.tokenizer.decode(result.generated))
+    else:
+        print(f"{' and '.join(names)} differ after {len(result.generated)} tokens generated (simulated)\n{difference}")
+    if difference is not None:
+        raise typer.Exit(1)
+
+
+@app.command("eval")
+def evaluate(model: ModelOption,
+             tokens: Annotated[str, typer.Option("--tokens", help=".npz file with `tokens`, integers [n, length].")],
+             limit: Annotated[int | None, typer.Option("--limit", help="Sequences to use.")] = None,
+             device: DeviceOption = "functional", config: ConfigOption = None,
+             context: ContextOption = None, as_json: JsonOption = False) -> None:
+    """Measure how near a device comes to the float reference: perplexity, KL, top-1 agreement."""
+    from .errors import RequestError
+    from .evaluate import evaluate as run
+    from .evaluate import load_sequences
+    from .model import Model
+    from .session import REFERENCE, ReferenceGenerator, check_device
+    check_device(device)
+    sequences = load_sequences(tokens, limit)
+    source = _open(model)
+    if not isinstance(source, Model):
+        raise RequestError("eval needs the model itself for the reference; a bundle holds only its compiled form")
+    length = sequences.shape[1]
+    reference = ReferenceGenerator(source)
+    for sequence in sequences:
+        reference.check_tokens(sequence)
+    tested: Generator = reference
+    if device != REFERENCE:
+        tested = _open_generator(source, device, config, context or length)
+    begin = time.perf_counter()
+    with progress("evaluating", sequences.size - len(sequences)) as update:
+        for total in run(reference, tested, sequences):
+            report = total.as_json()
+            update(total.tokens, None)
+    kind = "measured" if tested is reference else "simulated"
+    labels = dict.fromkeys(report, kind) | {"reference_perplexity": "measured", "tokens": "measured"}
+    if as_json:
+        print_json({**report, "device": device, "seconds": time.perf_counter() - begin,
+                    "labels": labels | {"seconds": "measured"}})
+        return
+    print(f"perplexity {report['perplexity']:.4f} ({kind}), reference {report['reference_perplexity']:.4f} (measured)\n"
+          f"KL to the reference {report['kl']:.3e} nats per token ({kind})\n"
+          f"top-1 agreement {report['top1']:.2%} ({kind}) over {report['tokens']} tokens (measured)")
+    note(f"took {time.perf_counter() - begin:.1f} s (measured)")
+
+
+@app.command("compile")
+def compile_command(model: ModelOption,
+                    output: Annotated[str, typer.Option("-o", "--output", help="Bundle to write.")],
+                    config: ConfigOption = None, context: ContextOption = None, as_json: JsonOption = False) -> None:
+    """Compile a model into one bundle file for a configuration."""
+    from .bundle import save_bundle
+    from .compiled import Compiled
+    from .errors import RequestError
+    source = _open(model)
+    if isinstance(source, Compiled):
+        raise RequestError(f"{model} is already compiled, for configuration {source.config.name}")
+    compiled = _compile(source, config, context)
+    with whole_file(output) as partial, progress(f"writing {output}"):
+        save_bundle(partial, compiled)
+        size = partial.stat().st_size
+    summary = compiled.summary() | {"file_bytes": size}
+    if as_json:
+        print_json(summary | {"labels": {"file_bytes": "measured", "instructions": "measured", "bytes": "predicted"}})
+        return
+    print(f"{output}: {summary['model']} for configuration {summary['configuration']}, {size:,} bytes (measured)")
+    note(f"{summary['instructions']} instructions (measured), chunks of {summary['chunk']} tokens, context "
+         f"{summary['context']}; device memory {sum(summary['bytes'].values()):,} bytes (predicted)")
+    for text in summary["notes"]:
+        note(f"note: {text}")
+
+
+@app.command()
+def disasm(file: Annotated[str, typer.Argument(help="Bundle.")]) -> None:
+    """Print the program of a bundle, one instruction a line with what it is for."""
+    from .bundle import load_bundle
+    print(load_bundle(file).program.listing(), end="")
+
+
+@app.command()
+def verilog(output: Annotated[str, typer.Option("-o", "--output", help="File to write.")],
+            config: Annotated[str, typer.Option("--config", help="Overlay configuration.")] = "sim",
+            hierarchy: Annotated[bool, typer.Option("--hierarchy", help="Keep one module per block.")] = False) -> None:
+    """Write the overlay's Verilog, top module `skipopu_top`."""
+    from importlib import import_module
+
+    from skipopu.hw.config import preset
+    chosen = preset(config)
+    with whole_file(output) as partial, progress(f"elaborating {config}"):
+        partial.write_text(import_module("skipopu.hw.top").overlay_verilog(chosen, flatten=not hierarchy))
+    print(f"{output}: skipopu_top for configuration {chosen.name} ({chosen.config_hash:#010x})")
+
+
+@app.command()
+def models(as_json: JsonOption = False) -> None:
+    """List the models that have a name."""
+    from .load import list_models
+    known = list_models()
+    if as_json:
+        print_json({"models": [{"name": item.name, "installed": item.path is not None, "description": item.description,
+                                "install": item.install} for item in known]})
+        return
+    for item in known:
+        print(f"{item.name}  {item.description}  {'installed' if item.path else f'not installed: {item.install}'}")
+
+
+def _prompt(text: str | None, ids: str | None) -> tuple[str | None, str | None]:
+    if (text is None) == (ids is None):
+        raise typer.BadParameter("give the prompt either with -p or with --prompt-tokens")
+    return text, ids
+
+
+def _sampling(temp: float | None, top_k: int | None, top_p: float | None, seed: int) -> Any:
+    from .sampling import Sampling
+    if temp == 0 or (temp is None and top_k is None and top_p is None):
+        return None
+    return Sampling(temperature=1.0 if temp is None else temp, top_k=top_k or 0, top_p=1.0 if top_p is None else top_p,
+                    seed=seed)
+
+
+def _open(model: str) -> Model | Compiled:
+    from .session import open_source
+    with progress(f"loading {model}"):
+        return open_source(model)
+
+
+def _compile(source: Model | Compiled, config: str | None, context: int | None) -> Compiled:
+    from .session import compile_source
+    with progress("compiling"):
+        return compile_source(source, config, context)
+
+
+def _open_device(name: str, compiled: Compiled) -> Accelerator:
+    from .session import open_accelerator
+    with progress(f"opening {name}") as update:
+        return open_accelerator(name, compiled, log=lambda line: update(None, f"opening {name}: {line[:80]}"))
+
+
+def _open_generator(source: Model | Compiled, device: str, config: str | None,
+                    context: int | None) -> Generator:
+    from .session import REFERENCE, ReferenceGenerator
+    if device != REFERENCE:
+        return _open_device(device, _compile(source, config, context))
+    from .errors import RequestError
+    from .model import Model
+    if not isinstance(source, Model):
+        raise RequestError("the reference needs the model itself; a bundle holds only its compiled form")
+    with progress("preparing the reference"):
+        return ReferenceGenerator(source, context)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and exit: 0 if all went well, 1 with one line on stderr for an error, 2 for wrong usage."""
+    try:
+        app(args=list(arguments) if arguments is not None else None)
+    except OSError as error:
+        note(f"skipopu: {error.filename or 'input or output'}: {error.strerror or error}")
+    except MemoryError:
+        note("skipopu: not enough memory on this machine")
+    except Exception as error:
+        # exceptions of our own classes carry one line made for users; anything else is a fault of the program
+        if not type(error).__module__.startswith("skipopu."):
+            raise
+        note(f"skipopu: {error}")
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""From what a user names (model, prompt, device) to what runs: the steps that all commands share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from skipopu.hw.config import OverlayConfig, preset
+
+from .bundle import MAGIC, load_bundle
+from .compiled import Compiled
+from .compiler import compile_model
+from .devices import DEVICES, open_device
+from .errors import BundleError, DeviceError, ModelError, RequestError
+from .generation import Generator
+from .load import load_model
+from .model import Model
+from .runtime import Accelerator
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DEFAULT_CONFIG", "REFERENCE", "ReferenceGenerator", "check_device", "compile_source", "open_accelerator",
+           "open_source", "parse_devices", "prompt_tokens"]
+
+DEFAULT_CONFIG = "sim"
+REFERENCE = "reference"  # not a device: it runs models, not programs
+
+
+def open_source(spec: str) -> Model | Compiled:
+    """What MODEL names: a bundle as Compiled, anything else as Model. Raises ModelError or BundleError."""
+    try:
+        with open(spec, "rb") as file:
+            is_bundle = file.read(len(MAGIC)) == MAGIC
+    except OSError:  # a folder, a name, or nothing: `load_model` says what
+        is_bundle = False
+    return load_bundle(spec) if is_bundle else load_model(spec)
+
+
+def compile_source(source: Model | Compiled, config: str | None = None, context: int | None = None) -> Compiled:
+    """The compiled model: a Model is compiled for ``config`` (by default `sim`), a bundle must have been.
+
+    Raises ConfigError for an unknown configuration, BundleError for a bundle of another configuration or context,
+    CompileError if the model does not fit.
+    """
+    chosen: OverlayConfig | None = None if config is None else preset(config)
+    if isinstance(source, Model):
+        return compile_model(source, chosen or preset(DEFAULT_CONFIG), context)
+    if chosen is not None and chosen.config_hash != source.config.config_hash:
+        raise BundleError(f"the bundle is made for configuration {source.config.name} "
+                          f"({source.config.config_hash:#010x}), not {chosen.name} ({chosen.config_hash:#010x}); "
+                          f"compile the model for {chosen.name}")
+    if context is not None and context != source.map.context:
+        raise BundleError(f"the bundle is made for {source.map.context} positions, not {context}; compile the model "
+                          f"for {context}")
+    return source
+
+
+def prompt_tokens(source: Model | Compiled, text: str | None, ids: str | None = None, chat: bool = False) -> list[int]:
+    """Token ids of a prompt given as text or as comma-separated ids.
+
+    chat : put the text into the model's chat template, as what the user says
+    Raises RequestError for ids that are none, or a prompt without tokens, ModelError if the model lacks a tokenizer or
+    template.
+    """
+    name = source.config.name if isinstance(source, Model) else source.map.model
+    if ids is not None:
+        try:
+            tokens = [int(part) for part in ids.split(",")] if ids.strip() else []
+        except ValueError:
+            raise RequestError(f"prompt tokens must be numbers with commas, like 5,17,9, not {ids!r}") from None
+    elif source.tokenizer is None:
+        raise ModelError(f"model {name} has no tokenizer; give the prompt with --prompt-tokens")
+    elif not text:
+        tokens = []  # even where a chat template would wrap the empty prompt in markers
+    elif chat:
+        if source.chat is None:
+            raise ModelError(f"model {name} has no chat template; leave out --chat")
+        tokens = source.tokenizer.encode(source.chat.render([{"role": "user", "content": text}]), bos=False)
+    else:
+        tokens = source.tokenizer.encode(text)
+    if not tokens:
+        raise RequestError("the prompt is empty; give at least one token")
+    return tokens
+
+
+def parse_devices(names: str) -> list[str]:
+    """The two device names of ``compare``. Raises DeviceError if they are not two devices equal bit for bit."""
+    parts = [part.strip() for part in names.split(",")]
+    for part in parts:
+        check_device(part)
+    if REFERENCE in parts:
+        raise DeviceError("the reference computes in floats and equals no device bit for bit; use eval to measure how "
+                          f"near a device comes, or compare two of: {', '.join(DEVICES)}")
+    if len(parts) != 2:
+        raise DeviceError(f"--devices must name two of {', '.join(DEVICES)} with a comma, not {names!r}")
+    return parts
+
+
+def check_device(name: str) -> None:
+    """Raises DeviceError if there is neither a device nor the reference of that name."""
+    if name not in (known := (REFERENCE, *DEVICES)):
+        near = get_close_matches(name, known, 1)
+        raise DeviceError(f"unknown device {name!r}{f', did you mean {near[0]!r}?' if near else ''}; known: "
+                          f"{', '.join(known)}")
+
+
+def open_accelerator(name: str, compiled: Compiled, log: Callable[[str], None] | None = None,
+                     **options: Any) -> Accelerator:
+    """``compiled`` loaded on a newly opened device of that name.
+
+    log : is told of steps that take long, where the device has such; options : of the device
+    """
+    beat_bytes = compiled.config.port_bits // 8
+    if log is not None and "log" in _options(name):
+        options["log"] = log
+    return Accelerator(open_device(name, compiled.config, compiled.map.memory * beat_bytes, **options), compiled)
+
+
+def _options(name: str) -> set[str]:
+    """Names of the options that a device's constructor takes; none for an unknown device."""
+    module, _, kind = DEVICES.get(name, "").partition(":")
+    try:
+        return set(inspect.signature(getattr(import_module(module), kind)).parameters) if module else set()
+    except ImportError:
+        return set()
+
+
+class ReferenceGenerator(Generator):
+    """The float reference with the interface of an accelerator; ``context`` defaults to the model's."""
+
+    def __init__(self, model: Model, context: int | None = None) -> None:
+        from skipopu.golden.reference import ReferenceModel
+        if context is not None and not 1 <= context <= model.config.context:
+            raise RequestError(f"context must be 1..{model.config.context} positions for model {model.config.name}, "
+                               f"not {context}")
+        self.vocab, self.eos_ids = model.config.vocab, model.config.eos_ids
+        self.context = context or model.config.context
+        self.model = ReferenceModel(model)
+        self._last: torch.Tensor | None = None
+
+    def prefill(self, tokens: Sequence[int]) -> int:
+        self.check_tokens(tokens)
+        self._last = self.model.step(tokens)[-1:]
+        self.position += len(tokens)
+        return int(self._last.argmax())
+
+    def step(self, token: int) -> int:
+        return self.prefill([token])
+
+    def logits(self) -> np.ndarray:
+        if self._last is None:
+            raise RequestError("no tokens were read yet")
+        return self._last.numpy()
+
+    def evaluate(self, tokens: Sequence[int]) -> Iterator[np.ndarray]:
+        self.check_tokens(tokens)
+        rows = self.model.step(tokens)
+        self._last = rows[-1:]
+        self.position += len(tokens)
+        yield rows.numpy()
+
+    def clear(self) -> None:
+        self.model.reset()
+        self.position, self.finish, self._last = 0, "", None
