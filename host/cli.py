@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from skipopu.hw.config import PRESETS
+from skipopu.hw.config import PRESETS, preset
 
 from .console import note, print_json, progress, whole_file
 
@@ -212,11 +212,13 @@ def verilog(output: Annotated[str, typer.Option("-o", "--output", help="File to 
             hierarchy: Annotated[bool, typer.Option("--hierarchy", help="Keep one module per block.")] = False) -> None:
     """Write the overlay's Verilog, top module `skipopu_top`."""
     from importlib import import_module
-
-    from skipopu.hw.config import preset
     chosen = preset(config)
     with whole_file(output) as partial, progress(f"elaborating {config}"):
-        partial.write_text(import_module("skipopu.hw.top").overlay_verilog(chosen, flatten=not hierarchy))
+        if hierarchy:
+            text = import_module("skipopu.hw.top").overlay_verilog(chosen, flatten=False)
+        else:
+            text = import_module("skipopu.sim.device").cached_verilog(chosen)
+        partial.write_text(text)
     print(f"{output}: skipopu_top for configuration {chosen.name} ({chosen.config_hash:#010x})")
 
 
