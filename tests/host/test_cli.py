@@ -141,6 +141,14 @@ def test_cycles_become_rates_of_decode(call, model, known_devices):
     assert all("(measured)" in line or "(simulated)" in line for line in lines)
 
 
+def test_generate_on_the_rtl_reports_cycles(call, model):
+    arguments = ("generate", *model, *PROMPT, *TINY, "-n", 4)
+    report = call.json(*arguments, "--device", "rtl")
+    assert report["tokens"] == call.json(*arguments)["tokens"]
+    assert report["cycles"] > 3 * report["cycles_per_token"] > 0 and report["bytes_read"] > 0
+    assert 0 < report["bandwidth_efficiency"] <= 1 and 0 < report["array_utilisation"] <= 1
+
+
 def test_tokens_stream_to_stdout_and_timings_to_stderr(call, model):
     out, err = call.good("generate", *model, *PROMPT, *TINY, "-n", 4)
     report = call.json("generate", *model, *PROMPT, *TINY, "-n", 4)

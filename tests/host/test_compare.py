@@ -6,6 +6,7 @@ from skipopu.golden.device import FunctionalDevice
 from skipopu.golden.random_model import random_model
 from skipopu.host.compare import compare
 from skipopu.host.compiler import compile_model
+from skipopu.host.devices import open_device
 from skipopu.host.effects import run_effects
 from skipopu.host.errors import RequestError
 from skipopu.host.passes.check import Arguments
@@ -81,6 +82,19 @@ def test_the_first_wrong_instruction_is_named(compiled, mnemonic, tensor, place)
     assert difference.tensor.endswith(tensor) and difference.place.startswith(place)
     assert difference.expected != difference.got
     assert str(difference).startswith(f"first difference: instruction {pc} (") and f": {mnemonic} " in str(difference)
+
+
+@pytest.mark.parametrize(("mnemonic", "tensor"), [
+    ("vrope", "layers.1.v"), ("storekv", "kv.1"), ("vprob", "kv.1"), ("vswiglu", "layers.1.gate_up")])
+def test_the_search_works_on_the_rtl(compiled, mnemonic, tensor):
+    """Runs cut by the register and rows read through the debug window of the hardware; the fault is in the other."""
+    pc, size = find(compiled, mnemonic, tensor), compiled.map.memory * CONFIG.port_bits // 8
+    second = FaultyDevice(CONFIG, size)
+    second.break_at(pc)
+    with open_device("rtl", CONFIG, size) as first:
+        pair = Accelerator(first, compiled, watchdog=20_000), Accelerator(second, compiled)
+        difference = last(compare(*pair, PROMPT, 1)).difference
+    assert difference is not None and difference.pc == pc, str(difference)
 
 
 def test_a_fault_in_a_later_run_is_found_there(compiled):
