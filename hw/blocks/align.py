@@ -8,7 +8,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from ..formats import KV_BITS, MANTISSA_BITS
-from .fp import delay, fields_model
+from .fp import delay, fields_model, wire
 
 __all__ = ["BlockAlign"]
 
@@ -71,7 +71,7 @@ class BlockAlign(wiring.Component):
 
         # 1, 2: the largest exponent. Sign and the upper 16 bits of the significand are all that later stages need.
         def larger(x, y):
-            return Mux(x > y, x, y)
+            return wire(m, Mux(x > y, x, y), "larger")
 
         top = register(1, _tree(groups([a[23:31] for a in self.a], 0, larger, "largest"), larger), "top")
         narrow = delay(m, self.narrow, en[:2], "narrow")

@@ -9,18 +9,30 @@ into ``en``. Models take and return arrays of FP32 bit patterns as unsigned inte
 """
 
 import numpy as np
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 __all__ = ["LARGEST", "FpAdd", "FpMul", "FromInt", "delay", "fields_model", "normalise", "pack", "round_model",
-           "scale2", "scale2_model"]
+           "scale2", "scale2_model", "wire"]
 
 LARGEST = 0x7F7FFFFF
 """Bits of the largest finite FP32 number."""
 
 
-def normalise(value, steps):
+def wire(m, value, name):
+    """A signal that carries ``value``, for values with several uses.
+
+    Amaranth writes an expression out again at each use, which grows exponentially in a chain. Verilator, on the other
+    hand, evaluates a signal with several uses in every cycle, an expression in front of a register only when it is
+    enabled: a last step with two or three uses is better left an expression.
+    """
+    signal = Signal(Value.cast(value).shape(), name=name)
+    m.d.comb += signal.eq(value)
+    return signal
+
+
+def normalise(m, value, steps):
     """Shift ``value`` up by each of ``steps`` (each half of the one before) if so many bits at the top are zero.
 
     Returns (shifted value of the same width, sum of the steps taken). A log shifter: few, branch-free operations in
@@ -28,8 +40,8 @@ def normalise(value, steps):
     """
     width, taken = len(value), []
     for step in steps:
-        empty = value[width - step:] == 0
-        value = Mux(empty, Cat(Const(0, step), value[:width - step]), value)
+        empty = wire(m, value[width - step:] == 0, f"empty_{step}")
+        value = wire(m, Mux(empty, Cat(Const(0, step), value[:width - step]), value), f"normal_{step}")
         taken.append(empty)
     return value, Cat(Const(0, steps[-1].bit_length() - 1), *reversed(taken))
 
@@ -43,7 +55,8 @@ def pack(sign, exponent, value):
     offset = 1 << (len(exponent) - 1)
     low = len(value) - 24
     up = value[low - 1] & (value[low] | value[:low - 1].any())
-    rounded = (Cat(value[low:-1], exponent) + up)[:23 + len(exponent)]  # a carry moves on into the exponent
+    # a carry moves on into the exponent
+    rounded = (Cat(value[low:-1], exponent) + up)[:23 + len(exponent)]
     small = ~value[-1] | (exponent < offset + 1)
     large = rounded[23:] >= offset + 255
     return Mux(small, 0, Cat(Mux(large, LARGEST, rounded[:31]), sign))
@@ -211,15 +224,15 @@ class FpAdd(wiring.Component):
         biased = Signal(10, reset_less=True)
         sign2 = Signal(reset_less=True)
         augend_up = Cat(Const(0, 3), augend, Const(0, 1))
-        m.d.comb += total.eq(Mux(subtract, augend_up - addend, augend_up + addend))
-        value, zeros = normalise(total, [16, 8, 4])
+        m.d.comb += total.eq(augend_up + (Cat(addend, Const(0, 1)) ^ subtract.replicate(28)) + subtract)
+        value, zeros = normalise(m, total, [16, 8, 4])
         with m.If(self.en[1]):
             m.d.sync += [coarse.eq(value), biased.eq(exponent + 513 - zeros), sign2.eq(sign)]
 
         # 3: the fine steps, round
         result = Signal(32, reset_less=True)
         m.d.comb += self.o.eq(result)
-        value, zeros = normalise(coarse, [2, 1])
+        value, zeros = normalise(m, coarse, [2, 1])
         with m.If(self.en[2]):
             m.d.sync += result.eq(pack(sign2, (biased - zeros)[:10], value))
         return m
@@ -261,7 +274,7 @@ class FromInt(wiring.Component):
         exponent = [Signal(self._bias.bit_length(), reset_less=True, name=f"exponent_{i}") for i in range(2)]
         sign = [Signal(reset_less=True, name=f"sign_{i}") for i in range(2)]
         m.d.comb += magnitude.eq(Mux(self.a[-1], -self.a, self.a))
-        value, zeros = normalise(magnitude, [32])
+        value, zeros = normalise(m, magnitude, [32])
         with m.If(self.en[0]):
             m.d.sync += [
                 half.eq(value), sign[0].eq(self.a[-1]),
@@ -270,14 +283,14 @@ class FromInt(wiring.Component):
 
         # 2: the coarse steps
         coarse = Signal(width, reset_less=True)
-        value, zeros = normalise(half, [16, 8, 4])
+        value, zeros = normalise(m, half, [16, 8, 4])
         with m.If(self.en[1]):
             m.d.sync += [coarse.eq(value), sign[1].eq(sign[0]), exponent[1].eq(exponent[0] - zeros)]
 
         # 3: the fine steps, round
         result = Signal(32, reset_less=True)
         m.d.comb += self.o.eq(result)
-        value, zeros = normalise(coarse, [2, 1])
+        value, zeros = normalise(m, coarse, [2, 1])
         with m.If(self.en[2]):
             m.d.sync += result.eq(pack(sign[1], (exponent[1] - zeros)[:len(exponent[1])], value))
         return m
