@@ -117,7 +117,7 @@ COUNTERS = (
     ("MEMORY_BLOCKED", "cycles in which memory had a superbeat that nobody took"),
     ("DRAIN_BLOCKED", "cycles in which the array waited for the vector unit to take results"),
     ("STREAM_WAIT", "cycles in which the vector unit waited for results of the array"),
-    ("SATURATIONS", "values clipped by an alignment"),
+    ("SATURATIONS", "keys and values clamped to the largest FP16 number"),
 )  #: 64-bit counters of events, cleared at start
 
 CAPABILITIES = (

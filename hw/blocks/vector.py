@@ -56,7 +56,7 @@ class VectorUnit(wiring.Component):
     kvout_row, kvout_data : read port of KVOUT for the store unit, data one cycle later
     logits : V-wide FP32 rows to the store unit
     argmax, argmax_value : of the last VLOGITS
-    waiting : the running instruction waits for the stream; saturated : an FP16 result was clamped
+    waiting : the running instruction waits for the stream; saturated : FP16 results clamped in this cycle
     debug_row, debug_data : ABUF row for inspection while idle, one cycle later
     """
 
@@ -74,7 +74,7 @@ class VectorUnit(wiring.Component):
             "kvout_row": In(range(config.kvout_rows)), "kvout_data": Out(config.port_bits),
             "logits": Out(stream.Signature(32 * v)),
             "argmax": Out(32), "argmax_value": Out(32),
-            "waiting": Out(1), "saturated": Out(1),
+            "waiting": Out(1), "saturated": Out(range(v + 1)),
             "debug_row": In(range(config.abuf_rows)), "debug_data": Out(32 * v),
         })
 
@@ -510,7 +510,7 @@ class VectorUnit(wiring.Component):
         m.d.comb += [
             kv_address.eq(dst + walk_kv.offset), kv_write.addr.eq(kv_address >> kv_shift),
             kv_read.en.eq(1), kv_read.addr.eq(self.kvout_row), self.kvout_data.eq(kv_read.data.as_value()),
-            self.saturated.eq(kv_valid & Cat(*(unit.saturated for unit in halves)).any()),
+            self.saturated.eq(Mux(kv_valid, sum(unit.saturated for unit in halves), 0)),
         ]
         for part in range(per_beat):
             m.d.comb += [
