@@ -176,13 +176,12 @@ class LoadUnit(wiring.Component):
         left = Signal(COUNT_BITS)  # superbeats of the job, with the one on offer
         superbeat = Signal(8 * config.superbeat_bytes)
         valid, refused = Signal(), Signal(config.ports)
-        stopped = Signal()  # by a fault found here; one of a later command lets the jobs before it finish
         take, give, finish, start = Signal(), Signal(), Signal(), Signal()
         wanted, offered = Signal(), Signal()
 
         m.d.comb += [
             take.eq(Cat(reader.beats.valid for reader in readers).all() & (~valid | give)),
-            wanted.eq(active & (left != 0) & ~stopped),
+            wanted.eq(active & (left != 0)),
             offered.eq(valid & wanted & ~refused.any()),
         ]
         for reader in readers:
@@ -222,8 +221,7 @@ class LoadUnit(wiring.Component):
             with m.Case(_Kind.ABUF):
                 # The row's last superbeats may hold fewer rows than fit, or none.
                 m.d.comb += [ready.eq(self.abuf.ready),
-                             give.eq(offered & (~writes | (self.abuf.valid & ready
-                                                           & ((part == parts - 1) | (beats_left == 1)))))]
+                             give.eq(offered & (~writes | (self.abuf.valid & ready & (part == parts - 1))))]
         with m.If(self.abuf.valid & self.abuf.ready):
             m.d.sync += [part.eq(part + 1), row.eq(row + 1), beats_left.eq(beats_left - 1)]
         with m.If(give & (job.kind == _Kind.ABUF)):
@@ -248,15 +246,15 @@ class LoadUnit(wiring.Component):
                          part.eq(0)]
         with m.Elif(finish):
             m.d.sync += active.eq(0)
+        # What is faulty here is never offered, and so stops everything behind it; a fault found while a command is
+        # prepared lets the jobs before it finish.
         with m.If(valid & wanted):
             with m.If(refused.any()):
                 port = Signal(range(max(config.ports, 2)))
                 for p in reversed(range(config.ports)):
                     with m.If(refused[p]):
                         m.d.comb += port.eq(p)
-                m.d.sync += stopped.eq(1)
                 self._fail(m, FaultCause.READ_ERROR, job.pc, port)
             with m.Elif((job.kind == _Kind.ABUF) & writes & outside):
-                m.d.sync += stopped.eq(1)
                 self._fail(m, FaultCause.BUFFER_RANGE, job.pc)
         return active | (queue.level != 0) | self.done

@@ -94,6 +94,8 @@ class AxiMemory:
             if burst:
                 self.writes.append(burst[:2])
                 bursts.append(burst)
+            asked = sum(count for _, count, _ in bursts) + (offered[1] + 1 if offered else 0)
+            assert asked >= len(beats) + (valid and not w_ready), f"cycle {cycle()}: w without an address"
             while bursts and len(beats) >= bursts[0][1]:
                 address, count, width = bursts.popleft()
                 codes = [self._code(address + i * width) for i in range(count)]

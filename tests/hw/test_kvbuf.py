@@ -91,6 +91,7 @@ def shapes(config, rng):
     """(heads, head_dim, record): corners of the capacity first."""
     heads_of = {1: config.kvbuf_heads, 2: config.kvbuf_heads // 2}
     yield 1, config.lanes, 2 * config.lanes // config.beat_elements
+    yield 1, config.lanes, 10 * config.lanes // config.beat_elements  # four fifths padding
     for blocks, heads in heads_of.items():
         heads = min(heads, 3)
         yield heads, blocks * config.lanes, 2 * heads * blocks * config.lanes // config.beat_elements + 3

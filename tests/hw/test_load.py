@@ -178,7 +178,7 @@ async def announces_the_shape_of_a_kv_tile(dut):
 
 @bench(port=[0, 1])
 async def stops_at_a_read_error(dut, port):
-    b = Bench(dut, errors=[(port, 130)])
+    b = Bench(dut, errors=[(port, 130), (1, 130)])  # the lowest port counts
     b.send([("loadw", {"imm": imm, "count": 20}) for imm in (0, 120, 40)])
     assert await b.fault() == {"cause": FaultCause.READ_ERROR, "port": port, "pc": 101}
     await b.check("loadw", {"imm": 0, "count": 20})
@@ -209,11 +209,11 @@ async def refuses_rows_beyond_the_activation_buffer(dut, x):
     assert [row["addr"] for row in await b.abuf.rest()] == [x + i for i in range(4) if x > 0]
 
 
-@bench(heads=[0, 64, 65, 255], head_beats=[0, 2, 4, 255])
+@bench(heads=[0, 43, 64, 65, 255], head_beats=[0, 2, 3, 255])
 async def refuses_kv_tiles_that_do_not_fit(dut, heads, head_beats):
     b = Bench(dut)
-    fits = heads == 64 and head_beats == 2
-    record = 256 if fits else 2 * heads * head_beats or 1
+    fits = heads <= TINY.kvbuf_heads and 0 < heads * head_beats <= TINY.kvbuf_heads * TINY.lanes // TINY.beat_elements
+    record = 2 * heads * head_beats or 1
     b.send([("loadkv", {"imm": 0, "heads": heads, "head_beats": head_beats, "record": min(record, 65535)})])
     if fits:
         await b.check("loadkv", {"imm": 0, "record": record})

@@ -169,7 +169,7 @@ async def refuses_addresses_beyond_the_limit(dut, command):
 @bench()
 async def refuses_rows_beyond_kvout(dut):
     b = Bench(dut)
-    command_source(dut, b.config, [("storekv", {"imm": 0, "rows": 2, "x": 0, "record": b.config.kvout_rows // 2 + 1})])
+    command_source(dut, b.config, [("storekv", {"imm": 0, "rows": 1, "x": 0, "record": b.config.kvout_rows + 1})])
     assert await b.fault() == {"cause": FaultCause.BUFFER_RANGE, "port": 0, "pc": 100}
 
 
