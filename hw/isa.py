@@ -239,12 +239,14 @@ INSTRUCTIONS = (
                 _place([Field("count", 16, "superbeats per row"), Field("beats", 16, "ABUF rows written per row"),
                         Field("dst_stride", 16, "ABUF rows per row")], BODY)),
     Instruction("loadkv", 0x12, Unit.LOAD, "Load one KV tile (tile_tokens whole records) into the next KV buffer slot.",
-                "slot[token] = record of token, for tile_tokens tokens; token r*P+p from port p, superbeat imm + r*record",
+                "slot[token] = record of token, for tile_tokens tokens; token r*P+p from port p, "
+                "superbeat imm + r*record",
                 {"imm": "superbeat address"},
                 _place([Field("heads", 8, "KV heads"), Field("head_beats", 8, "port beats of one head"),
                         Field("record", 16, "port beats of one record")], BODY)),
 
-    Instruction("matmul", 0x20, Unit.COMPUTE, "Multiply rows of MBUF by the tile stream, deliver rows to the vector unit.",
+    Instruction("matmul", 0x20, Unit.COMPUTE,
+                "Multiply rows of MBUF by the tile stream, deliver rows to the vector unit.",
                 "for h: for n: acc = 0; for k: for g: for t: acc[g,t] += tile(h,n,k) . mbuf[x + t*row_stride + "
                 "g*group_stride + h*head_stride + k]; deliver acc[g,t] (first `beats` of all n)",
                 {"rows": "count of loop t", "x": "MBUF row"},
@@ -273,7 +275,8 @@ INSTRUCTIONS = (
             "p = exp2(abuf[src+off] - m); l = (l >> alpha) + sum p; mbuf[dst+off] = align12(p * 2^(V exponent - 25))"),
     _vector("vmerge", 0x37, "Add P V to the running attention output.",
             "abuf[src+off] = stream + (alpha == 127 ? 0 : abuf[src+off] * 2^-alpha)"),
-    _vector("vscale", 0x38, "Scale rows of the activation buffer and align them.", "mbuf[dst+off] = align(abuf[src+off]*s)"),
+    _vector("vscale", 0x38, "Scale rows of the activation buffer and align them.",
+            "mbuf[dst+off] = align(abuf[src+off]*s)"),
     _vector("vlogits", 0x39, "Scale, remember the largest, send to the store unit.",
             "v = stream*s; argmax over indices < imm in the last row (lowest index wins); store_stream <- v",
             imm="number of logits that count", x="first row of the row scale: row t takes the scale of row x + t"),
@@ -383,7 +386,8 @@ def markdown():
     for unit in Unit:
         lines += ["", f"## {unit.name} unit", ""]
         for item in (i for i in INSTRUCTIONS if i.unit == unit):
-            lines += [f"### `{item.mnemonic}` (opcode {item.opcode:#04x})", "", item.doc, "", "```", item.effect, "```", ""]
+            lines += [f"### `{item.mnemonic}` (opcode {item.opcode:#04x})", "", item.doc, ""]
+            lines += ["```", item.effect, "```", ""]
             rows = [(COMMON[name], text or COMMON[name].doc) for name, text in item.uses.items()]
             rows += [(f, f.doc) for f in item.body]
             if rows:

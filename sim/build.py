@@ -25,12 +25,13 @@ __all__ = ["build_library", "cache_root"]
 _HERE = Path(__file__).parent
 _SOURCES = ("harness.cpp", "axi_port.h", "memory_model.h", "lz4.h")
 _VERILATOR_FLAGS = ("--cc", "--prefix", "Vtop", "-O3", "--x-assign", "fast", "--x-initial", "fast", "--no-timing",
-                    "--no-assert", "-Wno-fatal", "-Wno-lint", "-Wno-style", "--quiet")
+                    "--no-assert", "--output-split", "20000", "--output-split-cfuncs", "1000", "-Wno-fatal",
+                    "-Wno-lint", "-Wno-style", "--quiet")
 # The library exports only the harness's C functions; hidden, non-interposable symbols let the compiler inline across
 # functions in spite of -fPIC.
 _BASE_FLAGS = ("-std=c++20", "-march=native", "-fPIC", "-fvisibility=hidden", "-fno-semantic-interposition", "-fno-plt",
                "-fcf-protection=none", "-DVERILATOR=1", "-DVL_USER_FATAL", "-DVM_COVERAGE=0", "-DVM_SC=0", "-w")
-_FAST_FLAGS = ("-O3",)
+_FAST_FLAGS = ("-O2",)
 _SLOW_FLAGS = ("-O1",)  # construction, initial values, declarations of waveforms: runs once
 _UNIT_BYTES = 1 << 20   # sources compiled as one unit: fewer, and small enough to use every core
 

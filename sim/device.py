@@ -98,7 +98,7 @@ class RtlDevice(Device):
         write_register(self, "CTRL", Control.START)
 
     def wait(self, timeout: float) -> None:
-        """Clock the design until its interrupt. Raises DeviceError after ``timeout`` seconds of this machine's clock."""
+        """Clock the design until its interrupt. Raises DeviceError after ``timeout`` seconds of real time."""
         deadline = time.monotonic() + timeout
         try:
             while self.sim.run(100_000) is not StopReason.IRQ:

@@ -17,7 +17,7 @@ from amaranth.lib.wiring import In, Out
 from ..formats import ACC_BITS, CODE_BITS, KV_BITS, MANTISSA_BITS
 from .mbuf import AlignedRow, sum_shape
 
-__all__ = ["Column", "PeArray", "RowControl", "Scale", "granule"]
+__all__ = ["Column", "PeArray", "RowControl", "Scale", "tile_beats"]
 
 
 
@@ -47,10 +47,12 @@ def _word_sum(values):
     return values[0]
 
 
-def granule(config):
-    """(columns, lanes) of the smallest part of a tile that any superbeat fills as a whole."""
-    lanes = min(config.ports, config.beat_elements)
-    return min(lanes, config.columns // config.tile_beats), lanes
+def tile_beats(config):
+    """Superbeats that fill a tile: (of codes, of keys, of values)."""
+    tokens_per_beat, elements = config.ports, config.beat_elements
+    return (config.tile_beats,
+            (config.columns // tokens_per_beat) * (config.lanes // elements),
+            (config.lanes // tokens_per_beat) * (config.columns // elements))
 
 
 def _tree(values):
@@ -60,13 +62,12 @@ def _tree(values):
 
 
 class Column(wiring.Component):
-    """One column: its part of the tile, dot products, scaling and accumulators."""
+    """One column: dot products, scaling and accumulators."""
 
     def __init__(self, *, config):
         self.config = config
         super().__init__({
-            "load": In(config.lanes // granule(config)[1]), "codes": In(signed(KV_BITS)).array(config.lanes),
-            "mantissa": In(_WORD).array(config.lanes), "dot_en": In(1),
+            "weight": In(_WORD).array(config.lanes), "mantissa": In(_WORD).array(config.lanes), "dot_en": In(1),
             "scale": In(Scale()).array(config.blocks), "minimum": In(Scale()).array(config.blocks),
             "sum": In(sum_shape(config)).array(config.blocks),
             "exponent_gap": In(6).array(config.blocks), "scale_en": In(1),
@@ -78,12 +79,6 @@ class Column(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         config = self.config
-        # 32-bit words throughout: exact modulo 2^32 (see dot_bits), and the machine word of a simulator.
-        weights = [Signal(_WORD, name=f"weight{k:02}", reset_less=True) for k in range(config.lanes)]
-        for k, weight in enumerate(weights):
-            with m.If(self.load[k // granule(config)[1]]):
-                m.d.sync += weight.eq(self.codes[k])
-
         # Either 4-bit codes meet 16-bit mantissas or 12-bit codes meet 12-bit mantissas, never the long ones of both.
         dot_bits = max(MANTISSA_BITS + CODE_BITS, 2 * KV_BITS) + (config.block - 1).bit_length() + 1
         terms = []
@@ -92,7 +87,7 @@ class Column(wiring.Component):
             assert dot_bits <= _WORD
             dot = Signal(signed(_WORD), name=f"dot{b}", reset_less=True)
             with m.If(self.dot_en):
-                m.d.sync += dot.eq(_word_sum([(self.mantissa[k] * weights[k])[:_WORD] for k in lanes]))
+                m.d.sync += dot.eq(_word_sum([(self.mantissa[k] * self.weight[k])[:_WORD] for k in lanes]))
 
             scaled = Signal(signed(40), name=f"scaled{b}", reset_less=True)
             scaled_minimum = Signal(signed(33), name=f"scaled_minimum{b}", reset_less=True)
@@ -130,7 +125,8 @@ class PeArray(wiring.Component):
 
     Members
     -------
-    load, codes : tile registers; load[i][j] writes the codes of columns and lanes of granule i, j
+    codes, load_codes : superbeat of 4-bit codes; bit j of load_codes: it is the j-th of its tile
+    mantissas, load_keys, load_values : superbeat of the KV buffer, and which one of a K or V tile it is
     row_en, row, maximum, control : an MBUF row enters (stage 1), with its vector's largest exponent
     scale, minimum : scales of the tile in use, valid one cycle after row_en of its rows
     tile_done : every row of a column tile is in the accumulators (`latency` cycles after its last row)
@@ -141,10 +137,10 @@ class PeArray(wiring.Component):
 
     def __init__(self, *, config):
         self.config = config
-        column_granule, lane_granule = granule(config)
+        codes, keys, values = tile_beats(config)
         super().__init__({
-            "load": In(config.lanes // lane_granule).array(config.columns // column_granule),
-            "codes": In(signed(KV_BITS)).array(config.columns, config.lanes),
+            "codes": In(8 * config.superbeat_bytes), "mantissas": In(KV_BITS * config.ports * config.beat_elements),
+            "load_codes": In(codes), "load_keys": In(keys), "load_values": In(values),
             "row_en": In(1), "row": In(AlignedRow(config)), "maximum": In(signed(9)), "control": In(RowControl(config)),
             "scale": In(Scale()).array(config.columns, config.blocks),
             "minimum": In(Scale()).array(config.columns, config.blocks),
@@ -160,7 +156,8 @@ class PeArray(wiring.Component):
             Signal(RowControl(config), name=f"control_{stage}") for stage in ("scale", "shift", "acc"))
         sums = [Signal.like(s, name=f"sum{b}", reset_less=True) for b, s in enumerate(self.row.sum)]
         gaps = [Signal(6, name=f"gap{b}", reset_less=True) for b in range(config.blocks)]
-        m.d.sync += [scale_en.eq(self.row_en), shift_en.eq(scale_en), acc_en.eq(shift_en), self.tile_done.eq(acc_en & control_acc.last)]
+        m.d.sync += [scale_en.eq(self.row_en), shift_en.eq(scale_en), acc_en.eq(shift_en),
+                     self.tile_done.eq(acc_en & control_acc.last)]
         with m.If(self.row_en):
             m.d.sync += control_scale.eq(self.control)
             for b in range(config.blocks):
@@ -179,20 +176,61 @@ class PeArray(wiring.Component):
             m.d.comb += mantissa.eq(Mux(self.control.narrow, wide[:KV_BITS].as_signed(), wide))
             mantissas.append(mantissa)
 
+        weights = self._tile(m)
         for n in range(config.columns):
             m.submodules[f"column{n}"] = column = Column(config=config)
             m.d.comb += [
-                column.load.eq(self.load[n // granule(config)[0]]), column.dot_en.eq(self.row_en), column.scale_en.eq(scale_en),
+                column.dot_en.eq(self.row_en), column.scale_en.eq(scale_en),
                 column.shift_en.eq(shift_en),
                 column.offset.eq(control_scale.offset), column.use_minimum.eq(control_scale.minimum),
                 column.acc_en.eq(acc_en), column.acc_row.eq(control_acc.acc), column.acc_first.eq(control_acc.first),
                 column.drain_row.eq(self.drain_row), self.drain[n].eq(column.drain),
             ]
             for k in range(config.lanes):
-                m.d.comb += [column.codes[k].eq(self.codes[n][k]), column.mantissa[k].eq(mantissas[k])]
+                m.d.comb += [column.weight[k].eq(weights[n][k]), column.mantissa[k].eq(mantissas[k])]
             for b in range(config.blocks):
                 m.d.comb += [
                     column.scale[b].eq(self.scale[n][b]), column.minimum[b].eq(self.minimum[n][b]),
                     column.sum[b].eq(sums[b]), column.exponent_gap[b].eq(gaps[b]),
                 ]
         return m
+
+    def _tile(self, m):
+        """The tile registers [n][k], and the three ways to fill them.
+
+        Words of 32 bits: exact modulo 2^32 (see ``dot_bits``), and the machine word of a simulator. Every source goes
+        straight into the register, so that a simulator evaluates it only when it is loaded.
+        """
+        config = self.config
+        lanes, columns, ports, elements = config.lanes, config.columns, config.ports, config.beat_elements
+        weights = [[Signal(_WORD, name=f"weight{n}_{k:02}", reset_less=True) for k in range(lanes)]
+                   for n in range(columns)]
+
+        def fill(load, place):
+            """place(n, k) -> (superbeat, source)"""
+            parts = {}
+            for n in range(columns):
+                for k in range(lanes):
+                    beat, source = place(n, k)
+                    parts.setdefault(beat, []).append(weights[n][k].eq(source))
+            for beat, statements in parts.items():
+                with m.If(load[beat]):
+                    m.d.sync += statements
+
+        per_beat = columns // config.tile_beats
+
+        def code(n, k):
+            return n // per_beat, self.codes.word_select((n % per_beat) * lanes + k, CODE_BITS).as_signed()
+
+        def key(n, k):
+            beat = (n // ports) * (lanes // elements) + k // elements
+            return beat, self.mantissas.word_select((n % ports) * elements + k % elements, KV_BITS).as_signed()
+
+        def value(n, k):
+            beat = (k // ports) * (columns // elements) + n // elements
+            return beat, self.mantissas.word_select((k % ports) * elements + n % elements, KV_BITS).as_signed()
+
+        fill(self.load_codes, code)
+        fill(self.load_keys, key)
+        fill(self.load_values, value)
+        return weights

@@ -1,14 +1,14 @@
 """Compute unit: runs MATMUL on the PE array.
 
 Three parts work at the same time: `TileFeed` turns the weight stream or KV tiles into tile registers and scales, the
-sequencer walks the rows (h, n, k, g, t) and issues one MBUF row a cycle, the drain delivers finished accumulator rows to
-the vector unit, `V` columns a cycle.
+sequencer walks the rows (h, n, k, g, t) and issues one MBUF row a cycle, the drain delivers finished accumulator rows
+to the vector unit, `V` columns a cycle.
 
 Timing of a tile: its rows are issued (S0: MBUF address), used one cycle later (S1: dot product). The next tile may be
 written from the cycle in which the last row is used, so one row per tile runs at one tile every `tile_beats` cycles.
 """
 
-from amaranth import Array, Cat, Const, Module, Mux, Signal, signed
+from amaranth import Array, Cat, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -16,7 +16,7 @@ from amaranth.lib.wiring import In, Out
 from .. import isa
 from ..formats import ACC_BITS, CODE_BITS, KV_BITS
 from ..isa import MatmulMode
-from .array import PeArray, RowControl, Scale, granule
+from .array import PeArray, RowControl, Scale, tile_beats
 from .command import Command, fields
 from .half import half_parts
 from .mbuf import AlignedRow, MantissaBuffer
@@ -40,7 +40,7 @@ def KvRequest(config):
 
 
 class TileFeed(wiring.Component):
-    """Fills the tile registers from the weight stream or from the KV buffer.
+    """Takes superbeats of the weight stream or of the KV buffer for the tile registers, and scales for itself.
 
     Members
     -------
@@ -48,20 +48,20 @@ class TileFeed(wiring.Component):
     reset : the next superbeat starts a weight stream (a scale chunk)
     allow : the tile registers may be written
     arrived : the last superbeat of a tile is written at this clock edge
-    load, codes : to the array
+    load_codes, load_keys, load_values : to the array
     use_first : the first row of the tile is in use; scale and minimum follow one cycle later
     """
 
     def __init__(self, *, config):
         self.config = config
+        codes, keys, values = tile_beats(config)
         super().__init__({
             "weights": In(stream.Signature(8 * config.superbeat_bytes)),
             "kv": In(stream.Signature(data.StructLayout({
                 "data": data.ArrayLayout(signed(KV_BITS), config.ports * config.beat_elements), "last": 1}))),
             "enable": In(1), "reset": In(1), "mode": In(MatmulMode), "scale_exponent": In(signed(7)),
             "allow": In(1), "arrived": Out(1), "use_first": In(1),
-            "load": Out(config.lanes // granule(config)[1]).array(config.columns // granule(config)[0]),
-            "codes": Out(signed(KV_BITS)).array(config.columns, config.lanes),
+            "load_codes": Out(codes), "load_keys": Out(keys), "load_values": Out(values),
             "scale": Out(Scale()).array(config.columns, config.blocks),
             "minimum": Out(Scale()).array(config.columns, config.blocks),
         })
@@ -69,8 +69,7 @@ class TileFeed(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         config = self.config
-        lanes, columns, blocks = config.lanes, config.columns, config.blocks
-        ports, elements = config.ports, config.beat_elements
+        columns, blocks = config.columns, config.blocks
         is_kv, is_w8, with_minimum = Signal(), Signal(), Signal()
         m.d.comb += [
             is_kv.eq((self.mode == MatmulMode.QK) | (self.mode == MatmulMode.PV)),
@@ -78,8 +77,7 @@ class TileFeed(wiring.Component):
         ]
 
         # Where in the stream: scale chunk or codes, which beat, which group of the chunk, which plane.
-        beat = Signal(range(max(config.tile_beats, lanes * columns // (ports * elements),
-                                *(config.scale_chunk(x)[0] for x in (False, True))) + 1))
+        beat = Signal(range(max(*tile_beats(config), *(config.scale_chunk(x)[0] for x in (False, True))) + 1))
         in_chunk, plane = Signal(init=1), Signal()
         most_groups = max(config.scale_chunk(x)[1] for x in (False, True))
         group, tile_group, tile_plane = Signal(range(most_groups + 1)), Signal(range(most_groups)), Signal()
@@ -120,27 +118,12 @@ class TileFeed(wiring.Component):
         with m.Elif(self.kv.ready & self.kv.valid):
             m.d.sync += beat.eq(Mux(self.kv.payload.last, 0, beat + 1))
 
-        # Tile registers: three ways to place a superbeat.
-        columns_per_beat = columns // config.tile_beats
-        kv_take = Signal()
-        m.d.comb += kv_take.eq(self.kv.ready & self.kv.valid)
-        is_pv = Signal()
-        m.d.comb += is_pv.eq(self.mode == MatmulMode.PV)
-        column_granule, lane_granule = granule(config)
-        for n in range(0, columns, column_granule):
-            for k in range(0, lanes, lane_granule):
-                key_beat = (n // ports) * (lanes // elements) + k // elements
-                value_beat = (k // ports) * (columns // elements) + n // elements
-                m.d.comb += self.load[n // column_granule][k // lane_granule].eq(
-                    (codes_take & (beat == n // columns_per_beat))
-                    | (kv_take & Mux(is_pv, beat == value_beat, beat == key_beat)))
-        for n in range(columns):
-            for k in range(lanes):
-                low = CODE_BITS * ((n % columns_per_beat) * lanes + k)
-                code = self.weights.payload[low:low + CODE_BITS].as_signed()
-                key = self.kv.payload.data[(n % ports) * elements + k % elements]
-                value = self.kv.payload.data[(k % ports) * elements + n % elements]
-                m.d.comb += self.codes[n][k].eq(Mux(is_kv, Mux(is_pv, value, key), code))
+        # Which superbeat of a tile this is; the tile registers themselves stand in the array.
+        kv_take, is_pv = Signal(), Signal()
+        m.d.comb += [kv_take.eq(self.kv.ready & self.kv.valid), is_pv.eq(self.mode == MatmulMode.PV)]
+        for load, take_it in ((self.load_codes, codes_take), (self.load_keys, kv_take & ~is_pv),
+                              (self.load_values, kv_take & is_pv)):
+            m.d.comb += load.eq(Cat(take_it & (beat == j) for j in range(len(load))))
 
         # Scales of the tile in use.
         flat = Cat(*chunk)
@@ -294,10 +277,10 @@ class ComputeUnit(wiring.Component):
             ]
         m.d.comb += [array.row_en.eq(used), array.row.eq(mbuf.read_data), array.maximum.eq(mbuf.read_maximum),
                      array.control.eq(control)]
-        m.d.comb += [own.eq(fed) for own, fed in zip(array.load, feed.load)]
+        m.d.comb += [array.codes.eq(self.weights.payload), array.mantissas.eq(self.kv_tile.payload.data.as_value()),
+                     array.load_codes.eq(feed.load_codes), array.load_keys.eq(feed.load_keys),
+                     array.load_values.eq(feed.load_values)]
         for n_ in range(config.columns):
-            for k_ in range(config.lanes):
-                m.d.comb += array.codes[n_][k_].eq(feed.codes[n_][k_])
             for b in range(config.blocks):
                 m.d.comb += [array.scale[n_][b].eq(feed.scale[n_][b]), array.minimum[n_][b].eq(feed.minimum[n_][b])]
 

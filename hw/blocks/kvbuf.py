@@ -230,10 +230,10 @@ class KvBuffer(wiring.Component):
         for index, word in enumerate(elements(tile_read.data, "read_beat")):
             field, hidden = word[10:15], word[10:15].any()
             shared = token_exponents.word_select(index // config.beat_elements, _ES)
-            distance = Signal(_ES, name=f"distance{index}")
             sign, significand = Signal(name=f"sign{index}"), Signal(_SIGNIFICAND, name=f"significand{index}")
             shift = Signal(range(_SIGNIFICAND + 2), name=f"shift{index}")
-            m.d.comb += distance.eq(shared - Cat(field[0] | ~hidden, field[1:]))
+            # Written out twice below: a simulator then evaluates it only when the register is enabled.
+            distance = (shared - Cat(field[0] | ~hidden, field[1:]))[:_ES]
             with m.If(advance & b_valid):
                 m.d.sync += [
                     sign.eq(word[15]), significand.eq(Mux(b_side.zero, 0, Cat(word[:10], hidden))),

@@ -1,7 +1,7 @@
 """Vector unit: everything that is not a matmul, one beat of V elements per cycle.
 
-One pipeline serves all instructions; an instruction leaves it where its work is done. Cycle numbers (`T`) count from the
-issue of a beat:
+One pipeline serves all instructions; an instruction leaves it where its work is done. Cycle numbers (`T`) count from
+the issue of a beat:
 
     T0  beat taken from the accumulator stream (or none)          operand x: ABUF port 0, operand table: ABUF port 1
     T1  acc * 2^n -> FP32                                  (FromInt)
@@ -11,8 +11,8 @@ issue of a beat:
     T11 v;  v * gain, v * v  (FpMul)  |  exp2 (Exp2)
     T20 sigmoid of the gate done;  * gate * up                (the gain's FpMul)
 
-The pipeline empties between instructions, so no hazards exist inside it. Row scalars (1/rms, 1/sum) are computed once per
-row when its sum is complete, beside the pipeline. Arithmetic: `docs/numerics.md`, Vector operations.
+The pipeline empties between instructions, so no hazards exist inside it. Row scalars (1/rms, 1/sum) are computed once
+per row when its sum is complete, beside the pipeline. Arithmetic: `docs/numerics.md`, Vector operations.
 """
 
 from amaranth import Array, Cat, Const, Module, Mux, Signal, signed
@@ -22,13 +22,19 @@ from amaranth.lib.wiring import In, Out
 
 from .. import isa
 from ..formats import (
-    ALPHA_DROP, LOWEST, MAXIMUM_INIT, PROB_FRACTION, STATE_BITS, SUM_BITS, SUM_FRACTION, fp32_bits,
+    ALPHA_DROP,
+    LOWEST,
+    MAXIMUM_INIT,
+    PROB_FRACTION,
+    STATE_BITS,
+    SUM_BITS,
+    SUM_FRACTION,
 )
 from ..isa import Destination, RowScale
 from .align import BlockAlign
 from .command import Command, fields
 from .compute import AccBeat
-from .fp import FpAdd, FpMul, FromInt, scale2
+from .fp import FpAdd, FpMul, FromInt, scale2, wire
 from .functions import Exp2, Recip, Rsqrt, Sigmoid
 from .half import ToFixed, ToHalf
 from .mbuf import AlignedRow
@@ -203,7 +209,7 @@ class VectorUnit(wiring.Component):
         exponent = hold([self.acc.payload.exponent[i] for i in range(lanes)], valid[0], "exponent")
         stream_en = [valid[1 + i] & from_stream for i in range(FromInt.latency)]
         recon = lanes_of(FromInt, "recon", stream_en, a=acc, n=exponent)
-        y = [Mux(from_stream, unit.o, source) for unit, source in zip(recon, x)]
+        y = [wire(m, Mux(from_stream, unit.o, source), f"y{i}") for i, (unit, source) in enumerate(zip(recon, x))]
 
         # ---- row scalars -------------------------------------------------------------------------------------------
         m.submodules.rms = rms = Memory(shape=32, depth=config.tokens, init=[])
@@ -221,7 +227,7 @@ class VectorUnit(wiring.Component):
         # ---- T4..T6: row scale -------------------------------------------------------------------------------------
         scaled = lanes_of(FpMul, "mul_row", [valid[_Y + i] & scale_on for i in range(2)], a=y, b=[row_scale] * lanes)
         plain = hold(hold(y, valid[_Y] & ~scale_on, "y5_"), valid[_Y + 1] & ~scale_on, "y6_")
-        t = [Mux(scale_on, unit.o, other) for unit, other in zip(scaled, plain)]
+        t = [wire(m, Mux(scale_on, unit.o, other), f"t{i}") for i, (unit, other) in enumerate(zip(scaled, plain))]
 
         # ---- T6..T8: rotation, gate --------------------------------------------------------------------------------
         odd = Signal()  # the beat at T6 is an up beat
@@ -272,7 +278,7 @@ class VectorUnit(wiring.Component):
         bypass = straight
         for i in range(FpAdd.latency):
             bypass = hold(bypass, valid[_SUM + i] & passes, f"v{_SUM + 1 + i}_")
-        v = [Mux(adds, unit.o, value) for unit, value in zip(added, bypass)]
+        v = [wire(m, Mux(adds, unit.o, value), f"v{i}") for i, (unit, value) in enumerate(zip(added, bypass))]
 
         # ---- T11..T13: gain, squares; T11..T17: exp2; T8..T20: sigmoid ---------------------------------------------
         norms = op["vnorm"] | op["vadd"]
@@ -327,7 +333,8 @@ class VectorUnit(wiring.Component):
         # ---- scalars of finished rows: 1/rms in 13 cycles, 1/sum in 8 ------------------------------------------------
         scalar_in = Signal()
         scalar_depth = FromInt.latency + FpMul.latency + FpAdd.latency + Rsqrt.latency
-        scalar_index = [Signal(range(max(states, config.tokens)), name=f"scalar_index{i}") for i in range(scalar_depth + 1)]
+        scalar_index = [Signal(range(max(states, config.tokens)), name=f"scalar_index{i}")
+                        for i in range(scalar_depth + 1)]
         scalar_valid = [Signal(name=f"scalar_valid{i}") for i in range(scalar_depth + 1)]
         scalar_value = Signal(SUM_BITS)
         m.d.comb += scalar_in.eq((sum_new.en & walk_sum.row_last) | (total_new.en & walk_total.row_last))
@@ -376,7 +383,8 @@ class VectorUnit(wiring.Component):
         for i, value in enumerate(y):
             column = Cat(Const(i, lanes.bit_length() - 1), walk_mask.beat)
             ok = Signal(name=f"allowed{i}")
-            m.d.comb += ok.eq(Cat(column, Const(0, 1)).as_signed() <= limit + Cat(walk_mask.row, Const(0, 1)).as_signed())
+            last = limit + Cat(walk_mask.row, Const(0, 1)).as_signed()
+            m.d.comb += ok.eq(Cat(column, Const(0, 1)).as_signed() <= last)
             allowed.append(ok)
             masked.append(Mux(ok, value, LOWEST))
         score = hold(masked, valid[_Y] & op["vscore"], "score")
@@ -384,7 +392,7 @@ class VectorUnit(wiring.Component):
             m.d.sync += open_lanes.eq(Cat(*allowed).any())
         highest, any_open = Signal(32), Signal()
         with m.If(valid[_Y + 1] & op["vscore"]):
-            m.d.sync += [highest.eq(_largest(score)), any_open.eq(open_lanes)]
+            m.d.sync += [highest.eq(_largest(m, score)), any_open.eq(open_lanes)]
         ceiling = Signal(signed(16))
         m.d.comb += ceiling.eq(_ceil(m, highest))
         walk_max = walker("max", valid[_Y + 2] & op["vscore"])
@@ -427,7 +435,7 @@ class VectorUnit(wiring.Component):
             minus_new.en.eq(minus_valid[-1]), minus_new.addr.eq(minus_state[-1]), minus_new.data.eq(minus_float.o),
         ]
 
-        # ---- results --------------------------------------------------------------------------------------------------
+        # ---- results -----------------------------------------------------------------------------------------------
         walk_prob = walker("prob", valid[_PROB] & op["vprob"])
         m.d.comb += self.exponent_head.eq(walk_prob.head)
         token_exponents = [
@@ -466,7 +474,8 @@ class VectorUnit(wiring.Component):
         walk_out = walker("out", out_valid, nest_out)
         place = Signal(range(max(per_row, 2)))
         address = Signal(16)
-        m.d.comb += [address.eq(dst + walk_out.offset), place.eq(address[:(per_row - 1).bit_length()] if per_row > 1 else 0)]
+        m.d.comb += [address.eq(dst + walk_out.offset),
+                     place.eq(address[:(per_row - 1).bit_length()] if per_row > 1 else 0)]
         gathered = [Signal(32, name=f"gathered{k}", reset_less=True) for k in range(config.lanes)]
         for part in range(per_row):
             with m.If(out_valid & to_mbuf & (place == part)):
@@ -499,7 +508,8 @@ class VectorUnit(wiring.Component):
 
         # KVOUT: FP16 rows of one port beat.
         per_beat = config.beat_elements // lanes
-        m.submodules.kvout = kvout = Memory(shape=data.ArrayLayout(16 * lanes, per_beat), depth=config.kvout_rows, init=[])
+        m.submodules.kvout = kvout = Memory(shape=data.ArrayLayout(16 * lanes, per_beat), depth=config.kvout_rows,
+                                            init=[])
         kv_write, kv_read = kvout.write_port(granularity=1), kvout.read_port()
         half_valid = [valid[_V + i] & to_kvout for i in range(ToHalf.latency)]
         halves = lanes_of(ToHalf, "half", half_valid, a=v)
@@ -530,13 +540,12 @@ class VectorUnit(wiring.Component):
         beat7, counts7 = Signal(16), Signal()
         with m.If(logits_valid):
             m.d.sync += [beat7.eq(walk_logits.beat), counts7.eq(walk_logits.row == rows - 1)]
-        m.d.comb += []
         logits7, logits8 = Signal(), Signal()
         best_index, best_key = Signal(range(max(lanes, 2))), Signal(signed(33))
         beat8 = Signal(16)
         m.d.sync += [logits7.eq(logits_valid), logits8.eq(logits7 & counts7)]
         with m.If(logits7 & counts7):
-            index, key = _argmax([(Cat(Const(i, lanes.bit_length() - 1), beat7) < imm, value)
+            index, key = _argmax(m, [(Cat(Const(i, lanes.bit_length() - 1), beat7) < imm.as_signed(), value)
                                   for i, value in enumerate(candidates)])
             m.d.sync += [best_index.eq(index), best_key.eq(key), beat8.eq(beat7)]
         winner = Signal(signed(33))
@@ -568,18 +577,20 @@ def _unkey(key):
     return Cat(magnitude[:31], key < 0)
 
 
-def _largest(values):
+def _largest(m, values):
     """The largest of FP32 values."""
-    while len(values) > 1:
-        values = [Mux(_key(values[i + 1]) > _key(values[i]), values[i + 1], values[i])
-                  if i + 1 < len(values) else values[i] for i in range(0, len(values), 2)]
-    return values[0]
+    keys = [wire(m, _key(value), f"key{i}") for i, value in enumerate(values)]
+    while len(keys) > 1:
+        keys = [wire(m, Mux(keys[i + 1] > keys[i], keys[i + 1], keys[i]), f"larger{len(keys)}_{i}")
+                if i + 1 < len(keys) else keys[i] for i in range(0, len(keys), 2)]
+    return _unkey(keys[0])
 
 
-def _argmax(pairs):
-    """(index, key) of the largest value among those that count; lowest index wins."""
-    lowest = Const(-(1 << 32), signed(33))
-    entries = [(Const(i), Mux(counts, _key(value), lowest)) for i, (counts, value) in enumerate(pairs)]
+def _argmax(m, pairs):
+    """(index, key) of the largest value among those that count; lowest index wins. None counts: (0, lowest)."""
+    lowest = Const(-(LOWEST & 0x7FFFFFFF), signed(33))
+    entries = [(Const(i), wire(m, Mux(counts, _key(value), lowest), f"logit_key{i}"))
+               for i, (counts, value) in enumerate(pairs)]
     while len(entries) > 1:
         merged = []
         for i in range(0, len(entries), 2):
@@ -587,7 +598,9 @@ def _argmax(pairs):
                 merged.append(entries[i])
                 continue
             (index_a, key_a), (index_b, key_b) = entries[i], entries[i + 1]
-            merged.append((Mux(key_b > key_a, index_b, index_a), Mux(key_b > key_a, key_b, key_a)))
+            later = wire(m, key_b > key_a, f"later{len(entries)}_{i}")
+            merged.append((wire(m, Mux(later, index_b, index_a), f"best_index{len(entries)}_{i}"),
+                           wire(m, Mux(later, key_b, key_a), f"best_key{len(entries)}_{i}")))
         entries = merged
     return entries[0]
 
