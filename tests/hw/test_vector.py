@@ -1,0 +1,259 @@
+"""VectorUnit leaves bit for bit what the golden vector unit leaves, for every instruction and under every stall."""
+
+import numpy as np
+from lanes import spread_floats
+from skipopu.hw.blocks.vector import VectorUnit
+from skipopu.hw.config import preset
+from skipopu.hw.isa import Destination, RowScale
+from skipopu.sim.bench import Stall, bench, run_bench
+from vector_model import VectorBench, accumulators, geometry
+
+TINY = preset("tiny")
+V = TINY.vector_lanes
+VECTORS = TINY.columns // V
+PER_ROW = TINY.lanes // V  # beats of one MBUF row
+SOURCE, TABLE, LOADED = 0, 2048, 3072  # ABUF: operands, tables, rows that only LOADA writes
+
+
+def bits(value):
+    """FP32 bits of one number."""
+    return int(np.float32(value).view(np.uint32))
+
+
+def floats(rng, rows, *, strange=0.05, low=112, high=134):
+    """FP32 bits [rows, V]: ordinary exponents, a part of them of any size, subnormal or with exponent field 255."""
+    values = spread_floats(rng, rows * V, low, high)
+    anything = spread_floats(rng, rows * V)
+    corners = np.array([0, 1 << 31, 1, 0x807FFFFF, 0x7F800000, 0xFFFFFFFF, 0x7F7FFFFF, 0xFF7FFFFF, 1 << 23], np.uint32)
+    values = np.where(rng.random(rows * V) < strange, anything, values)
+    return np.where(rng.random(rows * V) < strange, rng.choice(corners, rows * V), values).reshape(rows, V)
+
+
+def total(values):
+    return values["heads"] * values["groups"] * values["rows"] * values["beats"]
+
+
+def sizes(rng, limit=12):
+    """heads, groups, rows of a nest with at most ``limit`` rows in all."""
+    while True:
+        heads, groups, rows = (int(rng.integers(1, top + 1)) for top in (3, 4, TINY.tokens))
+        if heads * groups * rows <= limit:
+            return heads, groups, rows
+
+
+def instruction(rng, mnemonic, *, shape=None, beats=None, wild=0.05, **fixed):
+    """(mnemonic, fields, results) with random geometry inside the operand areas."""
+    aligned = mnemonic in ("vnorm", "vadd", "vswiglu", "vscale", "vrope", "vprob")
+    unit = {"vswiglu": 2 * PER_ROW}.get(mnemonic, PER_ROW if aligned else 1)
+    single = mnemonic in ("vnorm", "vadd", "vlogits")  # one sum, one argmax: no heads and groups
+    if shape is None:
+        shape = (1, 1, int(rng.integers(1, TINY.tokens + 1))) if single else sizes(rng)
+    beats = beats or unit * int(rng.integers(1, (24 if single else 12) // unit + 2))
+    values = geometry(rng, *shape, beats, unit=unit)
+    span = sum((values[a] - 1) * values[b] for a, b in (
+        ("heads", "head_stride"), ("groups", "group_stride"), ("rows", "row_stride"))) + beats
+    assert span < 1024
+    source = SOURCE + int(rng.integers(0, 1024 - span))
+    target = PER_ROW * int(rng.integers(0, (TINY.kvout_rows - span) // PER_ROW + 1))
+    wrap = int(rng.choice([0, 1 + beats // 32, 3, beats]))  # at most 32 turns, each of them has softmax states
+    values |= {"imm": source | target << 16, "x": 0, "table": TABLE + int(rng.integers(0, 128)),
+               "table_stride": int(rng.integers(0, 30)), "wrap": wrap, "scale": int(rng.choice(list(RowScale))),
+               "dest": 0, "vector": PER_ROW * int(rng.integers(1, 7))} | fixed
+    stream = mnemonic not in ("vnorm", "vprob", "vscale")
+    return mnemonic, values, accumulators(rng, total(values), V, wild=wild) if stream else None
+
+
+async def prepare(dut, rng, **settings):
+    """A bench with operands and tables loaded, a norm done and every softmax state known."""
+    machine = VectorBench(dut, TINY, **settings)
+    await machine.write_abuf(SOURCE, floats(rng, 1024))
+    await machine.write_abuf(TABLE, floats(rng, 512, low=120, high=129))
+    norm = instruction(rng, "vnorm", shape=(1, 1, TINY.tokens), imm=TABLE)  # of ordinary numbers
+    await machine.run(("vset", {"imm": bits(1 / 24), "eps": bits(1e-5)}, None), ("vinit", {}, None), norm)
+    await attend(machine, rng, shape=(8, TINY.state_rows // TINY.tokens // 8, TINY.tokens))
+    return machine
+
+
+async def attend(machine, rng, *, shape, x=None, exponent=4, scores=None, beats=VECTORS, wild=0.05):
+    """One KV tile: scores, probabilities, merge; at most ABUF's operand area."""
+    machine.tiles.append(rng.integers(1, 32, (shape[0], TINY.tile_tokens)))
+    strides = {"row_stride": VECTORS, "group_stride": VECTORS * shape[2], "head_stride": VECTORS * shape[1] * shape[2]}
+    nest = dict(zip(("heads", "groups", "rows"), shape)) | {"beats": beats} | strides
+    x = int(rng.integers(-2, TINY.tile_tokens)) if x is None else x
+    rest = {"table": 0, "table_stride": 0, "wrap": 0, "scale": 0, "dest": 0, "vector": VECTORS, "x": x}
+    source = int(rng.integers(0, 256))
+    if scores is None:
+        scores = accumulators(rng, total(nest), V, wild=wild, exponent=exponent)
+    await machine.run(("vscore", nest | rest | {"imm": source}, scores))
+    await machine.run(("vprob", nest | rest | {"imm": source | 64 << 16}, None))
+    await machine.run(instruction(rng, "vmerge", shape=shape, beats=int(rng.integers(1, 4))))
+
+
+def choices(rng):
+    """One of each instruction that needs no softmax state of its own, with random geometry."""
+    for mnemonic in ("vnorm", "vadd", "vswiglu", "vscale", "vmerge"):
+        yield instruction(rng, mnemonic)
+    rows = int(rng.integers(1, TINY.tokens + 1))
+    yield instruction(rng, "vlogits", shape=(1, 1, rows), x=int(rng.integers(0, TINY.tokens + 1 - rows)),
+                      imm=int(rng.integers(1, 100)))
+    for destination in Destination:
+        yield instruction(rng, "vrope", dest=int(destination))
+    yield instruction(rng, "vrope", dest=int(Destination.KVOUT), wrap=0)
+
+
+@bench(stall=Stall, seed=[1], timeout_cycles=60_000)
+async def every_instruction_matches(dut, stall, seed):
+    """One instruction after the other, each compared as soon as it is done."""
+    rng = np.random.default_rng(seed)
+    machine = await prepare(dut, rng, stall=stall, logits_stall=stall, seed=seed)
+    await machine.take_buffers()
+    for _ in range(4):
+        for item in choices(rng):
+            await machine.run(item)
+    await machine.compare_everything()
+
+
+@bench(stall=[Stall.NEVER, Stall.HALF], seed=[3, 4], timeout_cycles=60_000)
+async def queued_instructions_match(dut, stall, seed):
+    """Instructions wait in the queue while others run, and LOADA writes rows of its own at the same time."""
+    rng = np.random.default_rng(seed)
+    machine = await prepare(dut, rng, stall=stall, load_stall=stall, logits_stall=stall, seed=seed)
+    await machine.take_buffers()
+    for _ in range(3):
+        machine.send_rows(LOADED, floats(rng, 400))
+        items = list(choices(rng))
+        rng.shuffle(items)
+        await machine.run(*items)
+    await machine.compare_everything()
+
+
+@bench(stall=[Stall.NEVER, Stall.HALF], seed=[5])
+async def softmax_over_tiles(dut, stall, seed):
+    """Running maxima that rise, stay and fall; rows that are masked wholly, at first or later; VINIT in between."""
+    rng = np.random.default_rng(seed)
+    machine = await prepare(dut, rng, stall=stall, seed=seed)
+    for shape in ((2, 3, 4), (1, 1, 1), (3, 1, 2)):
+        await machine.run(("vinit", {}, None))
+        # x: the last column that row 0 may see; -4 masks every row of a tile.
+        for x, exponent in ((-4, 4), (0, 2), (-1, 3), (TINY.tile_tokens, 8), (5, 0), (7, 16), (3, -3)):
+            await attend(machine, rng, shape=shape, x=x, exponent=exponent)
+        states = shape[0] * shape[1]
+        wrap = PER_ROW * int(rng.integers(1, 3))
+        for mnemonic in ("vscale", "vrope"):
+            await machine.run(instruction(rng, mnemonic, shape=(1, 1, shape[2]), beats=states * wrap, wrap=wrap,
+                                          scale=int(RowScale.RECIPROCAL), dest=int(Destination.MBUF16)))
+
+
+@bench()
+async def running_maximum_corners(dut):
+    """Scores at the edges of the ceiling: whole numbers and their neighbours, its clamps, ties, the lowest number."""
+    rng = np.random.default_rng(6)
+    machine = await prepare(dut, rng)
+    one = 1 << 23
+    corners = [(0, 0), (1, -149), (-1, -149), (one, -23), (one + 1, -23), (one - 1, -23), (-one, -23), (-one - 1, -23),
+               (1 - one, -23), (1, -1), (-1, -1), (16383, 0), (16384, 0), (32767 << 8, -8), (-16383, 0), (-16384, 0),
+               (-16385, 0), (16383 << 8 | 1, -8), (1, 200), (-1, 200), (3 << 20, -20), (-3 << 20, -20), (125, 0),
+               (126, 0), (127, 0), (128, 0), (253, 0), (-127, 0)]
+    shape = 2, 2, 2
+    for _ in range(2):
+        await machine.run(("vinit", {}, None))
+        for _ in range(12):
+            # One row of a tile has one of the corners in all columns but a few, which are lower or as high.
+            picks = [corners[i] for i in rng.integers(0, len(corners), np.prod(shape))]
+            acc = np.array([[[pick[0]] * V] * VECTORS for pick in picks]).reshape(-1, V)
+            n = np.array([[[pick[1]] * V] * VECTORS for pick in picks]).reshape(-1, V)
+            lower = rng.random(acc.shape) < 0.7
+            n = np.where(lower & (acc > 0), n - 1, np.where(lower & (acc < 0), n + 1, n))
+            await attend(machine, rng, shape=shape, x=TINY.tile_tokens, scores=(acc, n))
+
+
+@bench()
+async def masks_the_columns_beyond_the_limit(dut):
+    rng = np.random.default_rng(7)
+    machine = await prepare(dut, rng)
+    for x in (-32768, -5, -4, -3, -1, 0, 1, 3, 4, 14, 15, 16, 32767):
+        await machine.run(instruction(rng, "vscore", shape=(1, 2, 4), beats=VECTORS, x=x))
+    for beats in range(1, VECTORS):
+        await machine.run(instruction(rng, "vscore", shape=(2, 1, 4), beats=beats, x=2))
+
+
+@bench(stall=Stall, logits_stall=Stall)
+async def logits_leave_in_order(dut, stall, logits_stall):
+    """More logits than the queue to the store unit holds."""
+    rng = np.random.default_rng(8)
+    machine = await prepare(dut, rng, stall=stall, logits_stall=logits_stall)
+    await machine.run(instruction(rng, "vlogits", shape=(1, 1, 3), beats=37, imm=1000, wild=0),
+                      instruction(rng, "vlogits", shape=(1, 1, 1), beats=50, imm=1000, x=3, wild=0))
+
+
+@bench()
+async def argmax_of_the_last_row(dut):
+    rng = np.random.default_rng(9)
+    machine = await prepare(dut, rng)
+    beats = 11
+
+    async def check(values, imm, rows=1):
+        name, fields, _ = instruction(rng, "vlogits", shape=(1, 1, rows), beats=beats, imm=imm, scale=0)
+        stream = np.zeros((rows, beats, V), np.int64)
+        stream[-1] = np.reshape(values, (beats, V))
+        # From rows of beats to the order n, t, c of the stream.
+        stream = np.concatenate([stream[:, n:n + VECTORS].reshape(-1, V) for n in range(0, beats, VECTORS)])
+        await machine.run((name, fields, (stream, np.zeros_like(stream))))
+
+    ramp = np.arange(beats * V)
+    for imm in (1, 2, V - 1, V, V + 1, 2 * V, beats * V - 1, beats * V, beats * V + 1, 0x7FFFFFFF, 0, -1):
+        await check(ramp, imm)  # the largest that counts is the last
+        await check(-ramp, imm)
+        await check(np.full(beats * V, -3), imm)  # all equal: the first
+        await check(rng.integers(-2, 2, beats * V), imm, rows=2)  # ties everywhere
+    for place in range(beats * V):
+        values = -1 - ramp % 5
+        values[place:] = np.maximum(values[place:], 3 * (ramp[place:] % 2 == place % 2))
+        await check(values, beats * V)
+    name, fields, _ = instruction(rng, "vlogits", shape=(1, 1, 1), beats=beats, imm=9, scale=0)
+    await machine.run((name, fields, (np.full((beats, V), -1), np.full((beats, V), 300))))  # all are the lowest number
+
+
+@bench()
+async def sums_saturate_and_halves_clamp(dut):
+    rng = np.random.default_rng(10)
+    machine = await prepare(dut, rng)
+    await machine.write_abuf(SOURCE, np.full((300, V), bits(3e38), np.uint32))
+    for beats in (30, 32, 34, 64):  # 2^63 is reached by 32 beats of four terms of 2^56
+        norm = instruction(rng, "vnorm", shape=(1, 1, 2), beats=beats, imm=0)
+        await machine.run(norm, instruction(rng, "vscale", shape=(1, 1, 2), scale=int(RowScale.RSQRT)))
+    # Halves: the largest, the tie above it and its neighbours, subnormal numbers and ties among them.
+    acc = np.array([[65504, 65519, 65520, 65521], [-65504, -65519, -65520, -70000],
+                    [1, 3, -1, -3], [0, 1023, 1025, 2047]])
+    for n in (0, -25, -24, -30, 100, -200):
+        name, fields, _ = instruction(rng, "vrope", shape=(1, 1, 1), beats=len(acc), wrap=0, scale=0,
+                                      dest=int(Destination.KVOUT))
+        await machine.run((name, fields, (acc, np.full_like(acc, n))))
+    assert machine.count["saturated"] > 0
+
+
+@bench()
+async def takes_a_beat_in_every_cycle(dut):
+    """Without stalls the stream flows at one beat a cycle; the unit waits only for a stream that stalls."""
+    rng = np.random.default_rng(11)
+    machine = await prepare(dut, rng)
+    for mnemonic, fixed in (("vadd", {}), ("vrope", {"wrap": 4}), ("vswiglu", {}), ("vmerge", {}), ("vlogits", {})):
+        machine.acc_cycles.clear()
+        machine.count["waiting"] = 0
+        await machine.run(instruction(rng, mnemonic, shape=(1, 1, 2), beats=48, scale=0, **fixed))
+        first = machine.acc_cycles[0]
+        assert machine.acc_cycles == list(range(first, first + 96)), f"{mnemonic}: {machine.acc_cycles}"
+        assert machine.count["waiting"] == 0
+    machine.acc.stall = Stall.HALF
+    await machine.run(instruction(rng, "vnorm"))
+    assert machine.count["waiting"] == 0
+    machine.acc_cycles.clear()
+    await machine.run(instruction(rng, "vadd", shape=(1, 1, 2), beats=48))
+    passed = machine.acc_cycles[-1] + 1 - machine.acc_cycles[0]
+    assert passed - 96 <= machine.count["waiting"] <= passed - 96 + 20
+
+
+def test_instructions():
+    run_bench(VectorUnit(config=TINY), every_instruction_matches, queued_instructions_match, softmax_over_tiles,
+              running_maximum_corners, masks_the_columns_beyond_the_limit, logits_leave_in_order,
+              argmax_of_the_last_row, sums_saturate_and_halves_clamp, takes_a_beat_in_every_cycle)
