@@ -24,6 +24,9 @@ for command in sys.argv[1:]:
     ys.run_pass("tee -q " + command, design)
 """
 
+# Memories without initial contents: Amaranth writes every zero bit of them out, millions for one buffer.
+_EMPTY_MEMORY = re.compile(r"  cell \$meminit_v2 [^\n]*\n(?:    (?!connect \\DATA)[^\n]*\n)*    connect \\DATA \d+'0*\n"
+                           r"(?:    [^\n]*\n)*  end\n")
 _REPEATED = re.compile(r"((?:\\\S+ |\b[A-Za-z_]\w*)(?:\[\d+\])?)((?:, \1){2,})(?=[,} ])")
 
 
@@ -45,7 +48,7 @@ def to_verilog(component, *, name, ports=None, flatten=True):
         passes = passes.replace("flatten; ", "")
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "top.il"), Path(folder, "top.v")
-        source.write_text(text)
+        source.write_text(_EMPTY_MEMORY.sub("", text))
         commands = [f"read_rtlil {source}", *passes.split("; "), f"write_verilog -noattr -norename {target}"]
         done = subprocess.run([sys.executable, "-c", _RUNNER, *commands], capture_output=True, text=True, check=False)
         if done.returncode or not target.exists():

@@ -14,14 +14,15 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from .. import isa
-from ..formats import ACC_BITS, CODE_BITS, KV_BITS
+from ..formats import ACC_BITS, CODE_BITS
 from ..isa import MatmulMode
 from .array import PeArray, RowControl, Scale, tile_beats
 from .command import Command, fields
 from .half import half_parts
+from .kvbuf import KvRequest, KvTile
 from .mbuf import AlignedRow, MantissaBuffer
 
-__all__ = ["AccBeat", "ComputeUnit", "KvRequest", "TileFeed"]
+__all__ = ["AccBeat", "ComputeUnit", "TileFeed"]
 
 _MATMUL = isa.OPCODES[0x20]
 
@@ -32,11 +33,6 @@ def AccBeat(config):
         "acc": data.ArrayLayout(signed(ACC_BITS), config.vector_lanes),
         "exponent": data.ArrayLayout(signed(10), config.vector_lanes),
     })
-
-
-def KvRequest(config):
-    """Which tile the KV buffer shall deliver."""
-    return data.StructLayout({"slot": 1, "value": 1, "head": 8, "n": 14, "k": 12})
 
 
 class TileFeed(wiring.Component):
@@ -57,8 +53,7 @@ class TileFeed(wiring.Component):
         codes, keys, values = tile_beats(config)
         super().__init__({
             "weights": In(stream.Signature(8 * config.superbeat_bytes)),
-            "kv": In(stream.Signature(data.StructLayout({
-                "data": data.ArrayLayout(signed(KV_BITS), config.ports * config.beat_elements), "last": 1}))),
+            "kv": In(stream.Signature(KvTile(config))),
             "enable": In(1), "reset": In(1), "mode": In(MatmulMode), "scale_exponent": In(signed(7)),
             "allow": In(1), "arrived": Out(1), "use_first": In(1),
             "load_codes": Out(codes), "load_keys": Out(keys), "load_values": Out(values),
@@ -180,8 +175,7 @@ class ComputeUnit(wiring.Component):
             "cmd": In(stream.Signature(Command(config))), "done": Out(1), "busy": Out(1),
             "weights": In(stream.Signature(8 * config.superbeat_bytes)),
             "kv_request": Out(stream.Signature(KvRequest(config))),
-            "kv_tile": In(stream.Signature(data.StructLayout({
-                "data": data.ArrayLayout(signed(KV_BITS), config.ports * config.beat_elements), "last": 1}))),
+            "kv_tile": In(stream.Signature(KvTile(config))),
             "kv_release": Out(1),
             "exponent_slot": Out(1), "exponent_head": Out(8), "exponents": In(5 * config.tile_tokens),
             "write_en": In(1), "write_row": In(rows), "write_vector": In(rows), "write_first": In(1),
