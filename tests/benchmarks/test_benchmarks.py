@@ -1,0 +1,62 @@
+"""The benchmarks run on a small model, print what they measured beside the targets, and fail when they must."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def run(script, *options):
+    return subprocess.run([sys.executable, FOLDER / script, "--model", "random", "--config", "tiny", *options],
+                          capture_output=True, text=True, timeout=500)
+
+
+@pytest.fixture
+def common(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import common
+    return common
+
+
+def test_decode_compares_every_logit_and_reports():
+    done = run("decode.py", "--count", "5")
+    assert done.returncode == 0, done.stderr
+    # 11 tokens of prompt and 4 steps, each with the logits of the whole vocabulary
+    assert f"bit for bit: {(11 + 4) * 96:,} logits compared, all equal, and all of memory" in done.stdout
+    assert re.search(r"cycles per token +[\d,]{4,} \| +simulated", done.stdout)
+    assert re.search(r"memory bandwidth used +\d\d\.\d% \| >= 88.4% +(met|MISSED) +simulated", done.stdout)
+    for name in ("array waits for weights", "tokens/s on this machine", "peak memory", "start from the cache, s"):
+        assert name in done.stdout
+
+
+def test_accuracy_reports_against_targets(tmp_path):
+    np.savez(tmp_path / "tokens.npz", tokens=np.random.default_rng(1).integers(0, 96, (2, 20)))
+    done = run("accuracy.py", str(tmp_path / "tokens.npz"), "--limit", "1")
+    assert done.returncode == 0, done.stderr
+    assert "1 sequences of up to 20 tokens" in done.stdout and re.search(r"predictions +19 \|", done.stdout)
+    assert re.search(r"KL divergence, nats per token +\d\.\d\de-\d\d \| <= 0.0001", done.stdout)
+
+
+@pytest.mark.parametrize(("script", "options", "message"), [
+    ("accuracy.py", ["absent.npz"], "absent.npz: cannot be read"),
+    ("accuracy.py", [], "has no tokenizer for paragraphs.txt"),
+    ("decode.py", ["--context", "8"], "11 tokens do not fit: the context holds 8 positions"),
+])
+def test_mistakes_are_one_line(script, options, message):
+    done = run(script, *options)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_table_shows_values_beside_targets(common, capsys):
+    common.show("speed", [common.Row("rate", 2.5, "measured", "{:.1f}", common.at_least(2)),
+                          common.Row("error", 0.5, "simulated", "{:.0%}", common.at_most(0.25, "{:.0%}")),
+                          common.Row("build", None, target=common.at_most(9)), common.Row("cycles", 12345)])
+    assert capsys.readouterr().out.splitlines() == [
+        "", "speed", "          measured | target",
+        "  rate         2.5 | >= 2    met     measured", "  error        50% | <= 25%  MISSED  simulated",
+        "  build          - | <= 9            measured", "  cycles    12,345 |                 measured"]
