@@ -1,0 +1,243 @@
+"""PeArray accumulates exactly what numpy's integers give, for every mode, shift and accumulator row."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+from cocotb.triggers import ClockCycles, RisingEdge, Timer
+from skipopu.hw.blocks.array import Column, PeArray, RowControl, Scale, tile_beats
+from skipopu.hw.blocks.mbuf import AlignedRow, sum_shape
+from skipopu.hw.config import preset
+from skipopu.sim.bench import bench, cycle, pack, run_bench
+
+TINY = preset("tiny")
+BLOCKS = dataclasses.replace(TINY, name="blocks", lanes=64, columns=128, ports=8)  # two blocks in a row
+SHIFT_LIMIT = 63
+
+
+def make_tile(rng, config, kind):
+    """A tile with its scales. kind : "codes", "keys" or "values", which is also the way it is loaded"""
+    shape, blocks = (config.columns, config.lanes), (config.columns, config.blocks)
+    low, high = (-8, 7) if kind == "codes" else (-2047, 2047)
+    codes = rng.integers(low, high + 1, shape)
+    codes = np.where(rng.random((config.columns, 1)) < 0.2, rng.choice([low, high, -1, 0], (config.columns, 1)), codes)
+
+    def scale():
+        significand = np.where(rng.random(blocks) < 0.2, rng.choice([-2047, 2047, 0, 1, -1], blocks),
+                               rng.integers(-2047, 2048, blocks))
+        shift = np.where(rng.random(blocks) < 0.3, rng.choice([0, 62, 63], blocks), rng.integers(0, 64, blocks))
+        return significand, shift
+
+    if kind == "codes":
+        offset, use_minimum = (int(bit) for bit in rng.integers(0, 2, 2))
+        return SimpleNamespace(kind=kind, codes=codes, scale=scale(), minimum=scale(), offset=offset,
+                               use_minimum=use_minimum, narrow=0)
+    unit = np.full(blocks, 1024), np.zeros(blocks, int)
+    return SimpleNamespace(kind=kind, codes=codes, scale=unit, minimum=scale(), offset=0, use_minimum=0, narrow=1)
+
+
+def make_row(rng, config):
+    """Mantissas [lanes], sums, exponents [blocks] and the vector's largest exponent, not tied to each other."""
+    mantissas = rng.integers(-32767, 32768, config.lanes)
+    if rng.random() < 0.2:
+        mantissas[:] = rng.choice([-32767, 32767, -2047, 2047, 0, -1])
+    limit = config.block * 32767
+    sums = np.where(rng.random(config.blocks) < 0.2, rng.choice([-limit, limit, 0]),
+                    rng.integers(-limit, limit + 1, config.blocks))
+    maximum = int(rng.integers(-127, 128))
+    gaps = rng.choice([0, 1, 2, 5, 20, 61, 62, 63, 64, 65, 254], config.blocks)
+    return SimpleNamespace(mantissas=mantissas, sums=sums, exponents=np.maximum(maximum - gaps, -127), maximum=maximum)
+
+
+def contribution(config, tile, row):
+    """What one row adds to each column, int64 [columns]."""
+    mantissas = row.mantissas
+    if tile.narrow:
+        mantissas = (mantissas + 2048) % 4096 - 2048
+    dots = (tile.codes * mantissas).reshape(config.columns, config.blocks, -1).sum(-1)
+    gap = row.maximum - row.exponents
+    significand, shift = tile.scale
+    total = ((dots + 8 * tile.offset * row.sums) * significand) >> np.minimum(gap + shift, SHIFT_LIMIT)
+    if tile.use_minimum:
+        significand, shift = tile.minimum
+        total = total + ((row.sums * significand) >> np.minimum(gap + shift, SHIFT_LIMIT))
+    return total.sum(-1)
+
+
+def superbeats(config, tile):
+    """The words that fill the tile registers, in order."""
+    if tile.kind == "codes":
+        nibbles = (tile.codes & 15).reshape(config.tile_beats, -1)
+        return [sum(int(code) << 4 * i for i, code in enumerate(line)) for line in nibbles]
+    tokens = tile.codes if tile.kind == "keys" else tile.codes.T
+    ports, elements = config.ports, config.beat_elements
+    lines = tokens.reshape(len(tokens) // ports, ports, -1, elements).transpose(0, 2, 1, 3)
+    return [sum((int(value) & 0xFFF) << 12 * i for i, value in enumerate(line))
+            for line in lines.reshape(-1, ports * elements)]
+
+
+class ArrayBench:
+    """Drives one cycle at a time; scales follow their row by one cycle, noise stands on everything that is not used."""
+
+    def __init__(self, dut, rng):
+        self.dut, self.rng, self.config, self.edge = dut, rng, TINY, RisingEdge(dut.clk)
+        self.acc = {}  # accumulator row -> int64 [columns]
+        self.used = None  # tile of the row in the cycle before
+        self.last_rows, self.done = [], []  # cycles
+
+    async def step(self, *, load=None, row=None, tile=None, acc=0, first=0, last=0):
+        """One cycle. load : (kind, index, word) of a superbeat; row, tile : a row to accumulate with a tile"""
+        dut, config, rng = self.dut, self.config, self.rng
+        for name, port in (("codes", dut.load_codes), ("keys", dut.load_keys), ("values", dut.load_values)):
+            port.value = 1 << load[1] if load and load[0] == name else 0
+        for port, mine in ((dut.codes, load and load[0] == "codes"), (dut.mantissas, load and load[0] != "codes")):
+            port.value = load[2] if mine else int.from_bytes(rng.bytes(len(port) // 8), "little")
+        self._drive_scales()
+        dut.row_en.value = int(row is not None)
+        row_bits = int.from_bytes(rng.bytes(len(dut.row) // 8), "little")
+        if row is not None:
+            row_bits = pack(AlignedRow(config), {"mantissa": row.mantissas.tolist(), "exponent": row.exponents.tolist(),
+                                                 "sum": row.sums.tolist()})
+            dut.maximum.value = row.maximum
+            dut.control.value = pack(RowControl(config), {
+                "acc": acc, "first": first, "offset": tile.offset, "minimum": tile.use_minimum, "narrow": tile.narrow,
+                "last": last})
+            value = contribution(config, tile, row)
+            self.acc[acc] = value if first else self.acc[acc] + value
+        else:
+            dut.control.value = int(rng.integers(0, 1 << len(dut.control)))
+        dut.row.value = row_bits
+        self.used = tile
+        await self.edge
+        if row is not None and last:
+            self.last_rows.append(cycle())
+        if dut.tile_done.value:
+            self.done.append(cycle())
+
+    def _drive_scales(self):
+        dut, config, tile = self.dut, self.config, self.used
+        for n in range(config.columns):
+            for b in range(config.blocks):
+                for name in ("scale", "minimum"):
+                    if tile is None:
+                        bits = int(self.rng.integers(0, 1 << Scale().size))
+                    else:
+                        significand, shift = getattr(tile, name)
+                        bits = int(significand[n, b]) & 0xFFF | int(shift[n, b]) << 12
+                    getattr(dut, f"{name}__{n}__{b}").value = bits
+
+    async def check(self):
+        """Let the stages run empty, then compare every accumulator row that was written."""
+        for _ in range(PeArray.latency + 1):
+            await self.step()
+        for address, want in self.acc.items():
+            self.dut.drain_row.value = address
+            await Timer(1, "ns")
+            got = [getattr(self.dut, f"drain__{n}").value.to_signed() for n in range(self.config.columns)]
+            assert got == want.tolist(), f"accumulator row {address}: got {got}, expected {want.tolist()}"
+        assert self.done == [at + PeArray.latency for at in self.last_rows]
+        await self.edge
+
+
+@bench(seed=[1, 2])
+async def accumulates_exactly(dut, seed):
+    """Tiles of all kinds; each is replaced from the cycle of its last row on; rows follow each other or pause."""
+    rng = np.random.default_rng(seed)
+    machine = ArrayBench(dut, rng)
+    kinds = ["codes", "keys", "values"]
+    assert [len(superbeats(TINY, make_tile(rng, TINY, kind))) for kind in kinds] == list(tile_beats(TINY))
+    tile, beats = None, []
+    for _ in range(60):
+        upcoming = make_tile(rng, TINY, str(rng.choice(kinds)))
+        beats = [(upcoming.kind, i, word) for i, word in enumerate(superbeats(TINY, upcoming))]
+        if tile:
+            rows = int(rng.integers(1, 6))
+            places = rng.integers(0, 2 * TINY.acc_rows, rows)
+            if rng.random() < 0.3:
+                places[:] = places[0]  # the same row again and again
+            for i, place in enumerate(places.tolist()):
+                while rng.random() < 0.2:
+                    await machine.step()
+                final = i == rows - 1
+                first = int(place not in machine.acc or rng.random() < 0.2)
+                await machine.step(load=beats.pop(0) if final else None, row=make_row(rng, TINY), tile=tile, acc=place,
+                                   first=first, last=int(final and rng.random() < 0.5))
+        for beat in beats:
+            await machine.step(load=beat)
+        tile = upcoming
+    await machine.check()
+
+
+@bench()
+async def every_shift_floors(dut):
+    """All 64 shifts of both terms, from the scale and from the exponent gap, for negative and positive dots."""
+    rng = np.random.default_rng(3)
+    machine = ArrayBench(dut, rng)
+    config = TINY
+    tile = make_tile(rng, config, "codes")
+    tile.offset, tile.use_minimum = 1, 1
+    for index, word in enumerate(superbeats(config, tile)):
+        await machine.step(load=("codes", index, word))
+    for shift in range(0, 64, config.columns):
+        columns = shift + np.arange(config.columns).reshape(-1, 1)
+        for number, gap in enumerate((0, 1, 40, 63, 64, 200)):
+            # The tile registers stay; only the scales differ.
+            scale = tile.scale[0], columns
+            scaled = SimpleNamespace(**vars(tile) | {"scale": scale, "minimum": scale})
+            row = make_row(rng, config)
+            row.maximum, row.exponents = 100, np.full(config.blocks, 100 - gap)
+            await machine.step(row=row, tile=scaled, acc=number, first=1)
+        await machine.check()
+
+
+@bench()
+async def banks_are_apart(dut):
+    """Every accumulator row of both banks keeps its own value."""
+    rng = np.random.default_rng(4)
+    machine = ArrayBench(dut, rng)
+    config = TINY
+    tile = make_tile(rng, config, "keys")
+    for index, word in enumerate(superbeats(config, tile)):
+        await machine.step(load=("keys", index, word))
+    for first in (1, 0, 0):
+        for acc in rng.permutation(2 * config.acc_rows).tolist():
+            await machine.step(row=make_row(rng, config), tile=tile, acc=acc, first=first, last=1)
+        await machine.check()
+
+
+@bench(seed=[5])
+async def column_sums_its_blocks(dut, seed):
+    """A column of two blocks: each block has its own dot product, scale, minimum, sum and exponent."""
+    config, rng = BLOCKS, np.random.default_rng(seed)
+    acc = 0
+    for number in range(60):
+        tile, row = make_tile(rng, config, ("codes", "keys")[number % 2]), make_row(rng, config)
+        want = int(contribution(config, tile, row)[0])
+        acc = acc + want if number % 3 else want
+        mantissas = (row.mantissas + 2048) % 4096 - 2048 if tile.narrow else row.mantissas
+        for k in range(config.lanes):
+            getattr(dut, f"weight__{k}").value = int(tile.codes[0, k]) & 0xFFFFFFFF
+            getattr(dut, f"mantissa__{k}").value = int(mantissas[k]) & 0xFFFFFFFF
+        for b in range(config.blocks):
+            getattr(dut, f"sum__{b}").value = int(row.sums[b])
+            getattr(dut, f"exponent_gap__{b}").value = min(int(row.maximum - row.exponents[b]), SHIFT_LIMIT)
+            for name in ("scale", "minimum"):
+                significand, shift = getattr(tile, name)
+                getattr(dut, f"{name}__{b}").value = int(significand[0, b]) & 0xFFF | int(shift[0, b]) << 12
+        dut.offset.value, dut.use_minimum.value = tile.offset, tile.use_minimum
+        dut.acc_row.value, dut.drain_row.value, dut.acc_first.value = 5, 5, int(number % 3 == 0)
+        for stage in ("dot_en", "scale_en", "shift_en", "acc_en"):
+            getattr(dut, stage).value = 1
+            await RisingEdge(dut.clk)
+            getattr(dut, stage).value = 0
+        await ClockCycles(dut.clk, 1)
+        assert dut.drain.value.to_signed() == acc, f"row {number}: {tile.kind}, offset {tile.offset}"
+
+
+def test_array():
+    run_bench(PeArray(config=TINY), accumulates_exactly, every_shift_floors, banks_are_apart)
+
+
+def test_column_of_two_blocks():
+    assert BLOCKS.blocks == 2 and sum_shape(BLOCKS).width == 21
+    run_bench(Column(config=BLOCKS), column_sums_its_blocks)

@@ -1,0 +1,254 @@
+"""ComputeUnit delivers every accumulator that a model in integers gives, whatever its streams and its output do."""
+
+import dataclasses
+from collections import Counter, deque
+
+import cocotb
+import numpy as np
+import pytest
+from cocotb.triggers import ClockCycles, First, RisingEdge, ValueChange
+from commands import as_command
+from compute_model import Matmul, aligned_row
+from skipopu.hw.blocks.command import Command
+from skipopu.hw.blocks.compute import AccBeat, ComputeUnit, KvRequest
+from skipopu.hw.config import OverlayConfig, preset
+from skipopu.hw.isa import MatmulMode
+from skipopu.sim.bench import Stall, StreamSink, StreamSource, bench, bench_parameters, cycle, run_bench
+from vector_model import geometry
+
+TINY = preset("tiny")
+WIDE = dataclasses.replace(TINY, name="wide", ports=4, port_bits=128)  # a tile a superbeat, two scale groups a chunk
+
+
+class ComputeBench:
+    """The unit with its weight stream, a KV buffer that answers requests, and a sink for the accumulators."""
+
+    def __init__(self, dut, *, stall=0.0, sink_stall=0.0, seed=0):
+        self.dut, self.edge = dut, RisingEdge(dut.clk)
+        self.config = OverlayConfig(**bench_parameters())
+        self.commands = StreamSource(dut, "cmd", shape=Command(self.config), seed=seed)
+        self.weights = StreamSource(dut, "weights", stall=stall, seed=seed)
+        self.requests = StreamSink(dut, "kv_request", shape=KvRequest(self.config), stall=stall, seed=seed)
+        self.tiles = StreamSource(dut, "kv_tile", stall=stall, seed=seed)
+        self.sink = StreamSink(dut, "out", shape=AccBeat(self.config), stall=sink_stall, seed=seed)
+        self.count, self.slots = Counter(), Counter()
+        self.transfers = []  # cycles in which a superbeat of weights or of a KV tile was taken
+        self.active = []  # cycles in which a row was in use
+        self.writes, self.spoiled = deque(), deque()  # of MBUF: (row, vector, first, bits)
+        self.answers, self.exponents = deque(), []
+        self.next_row = 0
+        for part in (self._monitor(), self._serve_exponents(), self._serve_tiles()):
+            cocotb.start_soon(part)
+
+    async def _monitor(self):
+        dut = self.dut
+        while True:
+            await self.edge
+            for name in ("done", "starved", "drain_blocked", "kv_release", "busy"):
+                self.count[name] += int(getattr(dut, name).value)
+            if dut.active.value:
+                self.active.append(cycle())
+            if (dut.weights__valid.value and dut.weights__ready.value) or (
+                    dut.kv_tile__valid.value and dut.kv_tile__ready.value):
+                self.transfers.append(cycle())
+            if dut.done.value:
+                # Done means that the rows are free: spoil what was read last at once.
+                self.writes.appendleft(self.spoiled.popleft())
+            dut.write_en.value = int(bool(self.writes))
+            if self.writes:
+                dut.write_row.value, dut.write_vector.value, dut.write_first.value, dut.write_data.value = (
+                    self.writes.popleft())
+
+    async def _serve_exponents(self):
+        """K exponents of the QK whose results leave, one after the other."""
+        dut, slot, tile = self.dut, 0, 0
+        while True:
+            if int(dut.exponent_slot.value) != slot:
+                slot, tile = 1 - slot, tile + 1
+            head = dut.exponent_head.value.to_unsigned()
+            if tile < len(self.exponents) and head < len(self.exponents[tile]):
+                dut.exponents.value = sum(int(e) << 5 * i for i, e in enumerate(self.exponents[tile][head]))
+            await First(*(ValueChange(signal) for signal in (dut.exponent_slot, dut.exponent_head, dut.cmd__valid)))
+
+    async def _serve_tiles(self):
+        while True:
+            request, = await self.requests.take(1)
+            want, beats = self.answers.popleft()
+            got = tuple(request[name] for name in ("slot", "value", "head", "n", "k"))
+            assert got == want, f"the KV buffer is asked for {got}, expected {want}"
+            for i, beat in enumerate(beats):
+                data = sum((value & 0xFFF) << 12 * j for j, value in enumerate(beat))
+                self.tiles.send([data | int(i == len(beats) - 1) << 12 * len(beat)])
+
+    def make(self, rng, mode, **fixed):
+        """A Matmul with random geometry and operands, its rows in a part of MBUF of its own."""
+        config = self.config
+        mode, vectors = MatmulMode(mode), config.columns // config.vector_lanes
+        heads, groups, rows, n_tiles, k_tiles = (int(rng.integers(1, top + 1)) for top in (2, 4, 4, 3, 4))
+        if mode == MatmulMode.QK:
+            n_tiles = config.tile_tokens // config.columns
+        if mode == MatmulMode.PV:
+            k_tiles = config.tile_tokens // config.lanes
+        sizes = {"heads": heads, "groups": groups, "rows": rows, "n_tiles": n_tiles, "k_tiles": k_tiles} | fixed
+        fields = sizes | geometry(rng, *(sizes[name] for name in ("heads", "groups", "rows", "k_tiles")))
+        last = int(rng.integers(1, vectors + 1))
+        fields["beats"] = fixed.get("beats", (sizes["n_tiles"] - 1) * vectors + last)
+        fields["x"] = self.next_row
+        matmul = Matmul(config, mode, fields, rng)
+        self.next_row = max(matmul.rows) + 1
+        return matmul
+
+    async def write(self, rows):
+        """Write rows of MBUF and wait until they are there."""
+        for row, (mantissas, exponents, vector, first) in sorted(rows.items()):
+            self.writes.append((row, vector, first, aligned_row(self.config, mantissas, exponents)))
+        await ClockCycles(self.dut.clk, len(rows) + 2)
+
+    async def send(self, *matmuls):
+        """Write their rows, then send all commands and operands; returns the beats to expect, by command."""
+        expected = []
+        for matmul in matmuls:
+            await self.write(matmul.rows)
+        for matmul in matmuls:
+            self.weights.send(matmul.weight_stream())
+            slot = self.slots[matmul.mode] % 2
+            for request in matmul.requests(slot):
+                self.answers.append((request, matmul.kv_tile(*request[2:])))
+            self.slots[matmul.mode] += 1
+            if matmul.mode == MatmulMode.QK:
+                self.exponents.append(matmul.key_exponents)
+            fields = matmul.fields
+            vector = fields["x"] + sum((fields[count] - 1) * fields[stride] for count, stride in (
+                ("heads", "head_stride"), ("groups", "group_stride"), ("rows", "row_stride")))
+            self.spoiled.append((vector + fields["k_tiles"] - 1, vector, 1, 0))
+            expected.append(matmul.expected())
+        self.commands.send([as_command("matmul", mode=int(matmul.mode), **matmul.fields) for matmul in matmuls])
+        return expected
+
+    async def run(self, *matmuls):
+        """Send, compare all results, and wait until the unit is idle."""
+        done, release = self.count["done"], self.count["kv_release"]
+        for matmul, expected in zip(matmuls, await self.send(*matmuls)):
+            for number, want in enumerate(expected):
+                beat, = await self.sink.take(1)
+                got = beat["acc"], beat["exponent"]
+                assert got == want, f"beat {number} of {matmul.mode.name} {matmul.fields}: got {got}, expected {want}"
+        assert await self.sink.rest(12) == []
+        assert not self.dut.busy.value
+        assert self.count["done"] - done == len(matmuls)
+        assert self.count["kv_release"] - release == sum(matmul.mode == MatmulMode.PV for matmul in matmuls)
+        assert not self.answers, "the KV buffer was not asked for every tile"
+
+
+@bench(stall=Stall, sink_stall=Stall, timeout_cycles=60_000)
+async def every_mode_matches(dut, stall, sink_stall):
+    """Commands back to back, in all modes."""
+    rng = np.random.default_rng(1)
+    machine = ComputeBench(dut, stall=stall, sink_stall=sink_stall, seed=1)
+    modes = [*MatmulMode, *rng.permutation(list(MatmulMode))]
+    await machine.run(*(machine.make(rng, mode) for mode in modes))
+
+
+@bench(seed=[2, 3], timeout_cycles=60_000)
+async def single_commands_match(dut, seed):
+    """Each mode alone, small geometries first, then random ones."""
+    rng = np.random.default_rng(seed)
+    machine = ComputeBench(dut, seed=seed)
+    kv = {MatmulMode.PV: {"k_tiles": machine.config.tile_tokens // machine.config.lanes}}
+    for mode in MatmulMode:
+        single = {"heads": 1, "groups": 1, "rows": 1, "n_tiles": 1, "k_tiles": 1} | kv.get(mode, {})
+        await machine.run(machine.make(rng, mode, **single, beats=1))
+        await machine.run(machine.make(rng, mode))
+
+
+@bench(timeout_cycles=60_000)
+async def every_limit_of_beats(dut):
+    """The last column tile may deliver any part of itself; accumulator rows may all be used."""
+    rng = np.random.default_rng(4)
+    machine = ComputeBench(dut)
+    config = machine.config
+    vectors = config.columns // config.vector_lanes
+    for n_tiles in (1, 2):
+        sizes = {"heads": 2, "groups": 1, "rows": 3, "n_tiles": n_tiles, "k_tiles": 2}
+        await machine.run(*(machine.make(rng, MatmulMode.W4, **sizes, beats=(n_tiles - 1) * vectors + last)
+                            for last in range(1, vectors + 1)))
+    for groups in (1, config.acc_rows // config.tokens):
+        sizes = {"heads": 1, "groups": groups, "rows": config.acc_rows // groups, "n_tiles": 3, "k_tiles": 1}
+        await machine.run(machine.make(rng, MatmulMode.W8, **sizes))
+
+
+@bench()
+async def waits_while_both_banks_are_full(dut):
+    """With a blocked output two column tiles are computed, then the array stops until the output moves."""
+    rng = np.random.default_rng(5)
+    machine = ComputeBench(dut, sink_stall=1.0)
+    matmul = machine.make(rng, MatmulMode.W4, heads=1, groups=1, rows=2, n_tiles=5, k_tiles=2)
+    expected, = await machine.send(matmul)
+    await ClockCycles(dut.clk, 200)
+    assert len(machine.active) == 2 * 2 * 2
+    assert machine.count["drain_blocked"] > 100 and machine.count["done"] == 0
+    machine.sink.stall = Stall.NEVER
+    got = [(beat["acc"], beat["exponent"]) for beat in await machine.sink.take(len(expected))]
+    assert got == expected
+    assert machine.count["done"] == 1
+
+
+def _gaps(cycles):
+    return set(np.diff(cycles).tolist()) - {1}
+
+
+@bench(mode=list(MatmulMode))
+async def one_row_runs_at_the_speed_of_the_stream(dut, mode):
+    """One row per tile: a superbeat is taken in every cycle, from the first to the last of the command."""
+    rng = np.random.default_rng(6)
+    machine = ComputeBench(dut)
+    sizes = {"heads": 1, "groups": 1, "rows": 1}
+    if mode not in (MatmulMode.QK, MatmulMode.PV):
+        sizes |= {"n_tiles": 3, "k_tiles": 16}  # a column tile lasts longer than the way of another one to the output
+    matmul = machine.make(rng, mode, **sizes)
+    await machine.run(matmul)
+    assert len(machine.active) == np.prod(matmul.shape)
+    assert not _gaps(machine.transfers), f"cycles of transfers: {machine.transfers}"
+    assert machine.transfers[-1] == machine.active[-1] - 1, "the last row is used right after the last superbeat"
+
+
+@bench()
+async def a_tile_is_replaced_while_its_last_row_is_used(dut):
+    """Several rows per tile: rows follow each other without a gap, and tiles after tile_beats + rows - 1 cycles."""
+    rng = np.random.default_rng(7)
+    machine = ComputeBench(dut)
+    config = machine.config
+    chunk_beats, groups = config.scale_chunk(False)
+    rows, tiles = 6, 4 * groups
+    await machine.run(machine.make(rng, MatmulMode.W4, heads=1, groups=2, rows=3, n_tiles=1, k_tiles=tiles))
+    starts = machine.active[::rows]
+    for start, i in zip(starts, range(tiles)):
+        assert machine.active[i * rows:(i + 1) * rows] == list(range(start, start + rows))
+    steps = np.diff(starts)
+    plain = config.tile_beats + rows - 1
+    assert steps.tolist() == [plain + (chunk_beats if (i + 1) % groups == 0 else 0) for i in range(tiles - 1)]
+    assert machine.count["starved"] > 0
+
+
+@bench()
+async def debug_shows_rows_of_mbuf(dut):
+    rng = np.random.default_rng(8)
+    machine = ComputeBench(dut)
+    rows = machine.make(rng, MatmulMode.W4).rows
+    await machine.write(rows)
+    await machine.edge
+    dut.debug.value = 1
+    for row, (mantissas, exponents, *_) in rows.items():
+        dut.debug_row.value = row
+        await ClockCycles(dut.clk, 2)
+        assert dut.debug_data.value.to_unsigned() == aligned_row(machine.config, mantissas, exponents)
+    dut.debug.value = 0
+    await machine.run(machine.make(rng, MatmulMode.W4M))  # still works
+
+
+@pytest.mark.parametrize("config", [TINY, WIDE], ids=lambda config: config.name)
+def test_matmul(config):
+    run_bench(ComputeUnit(config=config), every_mode_matches, single_commands_match, every_limit_of_beats,
+              waits_while_both_banks_are_full, one_row_runs_at_the_speed_of_the_stream,
+              a_tile_is_replaced_while_its_last_row_is_used, debug_shows_rows_of_mbuf,
+              parameters=dataclasses.asdict(config))
