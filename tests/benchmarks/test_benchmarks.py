@@ -29,7 +29,7 @@ def test_decode_compares_every_logit_and_reports():
     # 11 tokens of prompt and 4 steps, each with the logits of the whole vocabulary
     assert f"bit for bit: {(11 + 4) * 96:,} logits compared, all equal, and all of memory" in done.stdout
     assert re.search(r"cycles per token +[\d,]{4,} \| +simulated", done.stdout)
-    assert re.search(r"memory bandwidth used +\d\d\.\d% \| >= 88.4% +(met|MISSED) +simulated", done.stdout)
+    assert re.search(r"memory bandwidth used +\d\d\.\d% \| >= \d\d.\d% +(met|MISSED) +simulated", done.stdout)
     for name in ("array waits for weights", "tokens/s on this machine", "peak memory", "start from the cache, s"):
         assert name in done.stdout
 
@@ -39,7 +39,7 @@ def test_accuracy_reports_against_targets(tmp_path):
     done = run("accuracy.py", str(tmp_path / "tokens.npz"), "--limit", "1")
     assert done.returncode == 0, done.stderr
     assert "1 sequences of up to 20 tokens" in done.stdout and re.search(r"predictions +19 \|", done.stdout)
-    assert re.search(r"KL divergence, nats per token +\d\.\d\de-\d\d \| <= 0.0001", done.stdout)
+    assert re.search(r"KL divergence, nats per token +\d\.\d\de-\d\d \| <= [\d.e-]+ +(met|MISSED)", done.stdout)
 
 
 @pytest.mark.parametrize(("script", "options", "message"), [
