@@ -1,6 +1,6 @@
 """Errors a user can cause. The command line prints each as one line, without a traceback."""
 
-__all__ = ["SkipopuError", "ModelError", "CompileError", "CapacityError", "BundleError", "DeviceError",
+__all__ = ["SkipopuError", "ModelError", "RouterError", "CompileError", "CapacityError", "BundleError", "DeviceError",
            "RequestError"]
 
 
@@ -10,6 +10,10 @@ class SkipopuError(ValueError):
 
 class ModelError(SkipopuError):
     """A model file, its tokenizer or its chat template cannot be used."""
+
+
+class RouterError(SkipopuError):
+    """Routers cannot be used: damaged, made for another model, or routes that are impossible."""
 
 
 class CompileError(SkipopuError):

@@ -1,0 +1,177 @@
+"""Routers: per layer and module the vector whose product with the layer input decides whether a token executes.
+
+SkipGPT's router is a linear layer of two outputs, execute and skip, and the larger one wins (arXiv 2506.04179). Only
+the difference of its rows matters: a token executes if and only if ``difference . x + bias >= 0``, where x is the raw
+input of the layer (before any norm) for both modules; a tie executes. SkipGPT's published training code puts a hidden
+layer with ReLU in front; such a router has no single difference vector, so the hidden layer is kept and the overlay
+refuses it.
+
+The KV mode says what a token that skips attention leaves for the tokens behind it: "dense", its own keys and values of
+that layer, as in SkipGPT's code; "reuse", those of the last layer where it executed, as in SkipOPU (arXiv 2603.14785).
+In both modes layer 0 computes keys and values of every token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from .errors import RouterError
+
+if TYPE_CHECKING:
+    from .model import Model
+
+__all__ = ["FORMAT_VERSION", "KV_MODES", "MODULES", "Routers", "check_kv", "load_routers", "save_routers"]
+
+FORMAT_VERSION = 1
+KV_MODES = ("dense", "reuse")
+MODULES = ("attention", "mlp")  # order of the axis of length 2 everywhere
+_FORMAT = "skipopu-routers"
+_LINEAR, _HIDDEN = ("difference", "bias"), ("hidden_weight", "hidden_bias")
+_METADATA = ("version", "kv", "base_model", "layers", "width")
+
+
+def check_kv(kv: str) -> str:
+    """``kv`` itself. Raises RouterError if it is none of KV_MODES."""
+    if kv not in KV_MODES:
+        raise RouterError(f"KV mode must be {' or '.join(KV_MODES)}, not {str(kv)[:40]!r}")
+    return kv
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Routers:
+    """The routers of every layer, and the model they are for. Raises RouterError on a wrong shape, dtype or value.
+
+    kv : one of KV_MODES
+    base : identity of the model (``Model.identity``)
+    difference : float16 or float32 [layers, 2, width], execute row less skip row; axis 1 as in MODULES
+    bias : float32 [layers, 2], execute less skip
+    hidden_weight : float16 or float32 [layers, 2, inner, width], and hidden_bias : float32 [layers, 2, inner], of
+        two-layer routers; then ``difference`` is [layers, 2, inner] and reads ``relu(hidden_weight @ x + hidden_bias)``
+    """
+
+    kv: str
+    base: str
+    difference: np.ndarray
+    bias: np.ndarray
+    hidden_weight: np.ndarray | None = None
+    hidden_bias: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        check_kv(self.kv)
+        if not self.base:
+            raise RouterError("routers need the identity of their base model, which must not be empty")
+        if (self.hidden_weight is None) != (self.hidden_bias is None):
+            raise RouterError("routers have both hidden_weight and hidden_bias, or neither")
+        first = self.difference if self.hidden_weight is None else self.hidden_weight
+        if first.ndim != (3 if self.is_linear else 4) or not all(first.shape):
+            raise RouterError(f"router weights must be [layers, 2, {'' if self.is_linear else 'inner, '}width], "
+                              f"not {list(first.shape)}")
+        layers, read = first.shape[0], first.shape[2]
+        shapes = {"difference": (layers, 2, read), "bias": (layers, 2)}
+        if not self.is_linear:
+            shapes |= {"hidden_weight": (layers, 2, read, self.width), "hidden_bias": (layers, 2, read)}
+        for name, shape in shapes.items():
+            array = getattr(self, name)
+            dtypes = ("float32",) if name.endswith("bias") else ("float16", "float32")
+            if array.dtype not in dtypes:
+                raise RouterError(f"router {name} must be {' or '.join(dtypes)}, not {array.dtype}")
+            if array.shape != shape:
+                raise RouterError(f"router {name} must be {list(shape)}, not {list(array.shape)}")
+            if bad := int(np.count_nonzero(~np.isfinite(array))):
+                raise RouterError(f"router {name} holds NaN or infinity ({bad} of {array.size})")
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the decision is one dot product, which is what the overlay computes."""
+        return self.hidden_weight is None
+
+    @property
+    def layers(self) -> int:
+        """Layers of the base model."""
+        return self.difference.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Features of the residual stream that the routers read."""
+        return (self.difference if self.hidden_weight is None else self.hidden_weight).shape[-1]
+
+    def require_linear(self) -> None:
+        """Raises RouterError if the overlay cannot run these routers."""
+        if not self.is_linear:
+            raise RouterError(f"two-layer routers (hidden width {self.difference.shape[-1]}) run in the reference "
+                              "only; the overlay needs linear routers")
+
+    def require_model(self, model: Model) -> None:
+        """Raises RouterError if the routers were made for another model: layers, width or identity differ."""
+        for what, ours, theirs in (("layers", self.layers, model.config.layers),
+                                   ("width", self.width, model.config.hidden)):
+            if ours != theirs:
+                raise RouterError(f"these routers are for a model with {what} {ours}, but {model.config.name} "
+                                  f"has {theirs}")
+        if self.base != model.identity:
+            raise RouterError(f"these routers are for the model with hash {self.base[:16]}, but {model.config.name} "
+                              f"has {model.identity[:16] or 'none'}")
+
+
+def save_routers(path: str | Path, routers: Routers) -> None:
+    """Write a router file: safetensors, with what identifies the model in its metadata."""
+    tensors = {name: np.ascontiguousarray(getattr(routers, name))
+               for name in (*_LINEAR, *(() if routers.is_linear else _HIDDEN))}
+    save_file(tensors, path, {"format": _FORMAT, "version": str(FORMAT_VERSION), "kv": routers.kv,
+                              "base_model": routers.base, "layers": str(routers.layers), "width": str(routers.width)})
+
+
+def load_routers(path: str | Path, model: Model | None = None) -> Routers:
+    """Read a router file, and check it against ``model`` if given.
+
+    Raises RouterError, one line that begins with the path, if the file is damaged, has missing or extra tensors, an
+    unknown version or KV mode, values that are not finite, or was made for another model.
+    """
+    try:
+        metadata, tensors = _read(path)
+        routers = _routers(metadata, tensors)
+        if model is not None:
+            routers.require_model(model)
+    except RouterError as error:
+        raise RouterError(f"{path}: {error}") from None
+    return routers
+
+
+def _read(path: str | Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    tensors = {}
+    try:
+        with safe_open(path, framework="np") as content:
+            metadata = content.metadata() or {}
+            for name in content.keys():  # noqa: SIM118 the handle is not a dict
+                if (dtype := content.get_slice(name).get_dtype()) not in ("F16", "F32"):
+                    raise RouterError(f"tensor {name} must be F16 or F32, not {dtype}")
+                tensors[name] = content.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise RouterError(f"not a readable safetensors file ({error})") from None
+    return metadata, tensors
+
+
+def _routers(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> Routers:
+    if metadata.get("format") != _FORMAT:
+        raise RouterError(f"not a router file: its metadata must have format {_FORMAT}, "
+                          f"not {metadata.get('format', 'none')[:40]!r}")
+    if missing := [key for key in _METADATA if key not in metadata]:
+        raise RouterError(f"the metadata lacks {', '.join(missing)}")
+    if metadata["version"] != str(FORMAT_VERSION):
+        raise RouterError(f"router files of version {FORMAT_VERSION} can be read, not {metadata['version'][:40]!r}")
+    expected = (*_LINEAR, *(_HIDDEN if any(name in tensors for name in _HIDDEN) else ()))
+    for what, names in (("missing", [name for name in expected if name not in tensors]),
+                        ("unexpected", [name for name in tensors if name not in expected])):
+        if names:
+            raise RouterError(f"{what} tensors: {', '.join(sorted(names))}")
+    routers = Routers(kv=metadata["kv"], base=metadata["base_model"], **tensors)  # type: ignore[arg-type]
+    for key in ("layers", "width"):
+        if metadata[key] != str(getattr(routers, key)):
+            raise RouterError(f"the metadata has {key} {metadata[key][:40]}, but the tensors {getattr(routers, key)}")
+    return routers
