@@ -38,13 +38,11 @@ class OverlayConfig:
     fifo_beats: int  #: read FIFO beats per port
     burst_beats: int  #: longest read or write burst
     outstanding: int  #: read bursts in flight per port
-    address_bits: int = 40  #: byte address on a port
     queue_depth: int = 8  #: instructions waiting per unit
     cache_words: int = 256  #: instruction cache, 256-bit words
-    dsp: str = "generic"  #: multiplier target of the array
 
     def __post_init__(self):
-        plain = {"name", "dsp", "state_rows", "address_bits"}
+        plain = {"name", "state_rows"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in plain:

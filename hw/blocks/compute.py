@@ -201,7 +201,7 @@ class ComputeUnit(wiring.Component):
 
         # The running command.
         running = Signal()
-        rows, start_row = Signal(12), Signal(16)
+        rows = Signal(12)
         body = Signal(self.cmd.payload.body.shape())
         f = fields(body, _MATMUL)
         mode = Signal(MatmulMode)
@@ -304,7 +304,7 @@ class ComputeUnit(wiring.Component):
             taken = fields(self.cmd.payload.body, _MATMUL)
             base = self.cmd.payload.x[:16]
             m.d.sync += [
-                running.eq(1), body.eq(self.cmd.payload.body), rows.eq(self.cmd.payload.rows), start_row.eq(base),
+                running.eq(1), body.eq(self.cmd.payload.body), rows.eq(self.cmd.payload.rows),
                 h.eq(0), n.eq(0), k.eq(0), plane.eq(0), g.eq(0), t.eq(0), acc_row.eq(0),
                 vector.eq(base), vector_g.eq(base), vector_h.eq(base),
                 request_h.eq(0), request_n.eq(0), request_k.eq(0),
