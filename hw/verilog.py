@@ -12,7 +12,7 @@ from pathlib import Path
 
 from amaranth.back import rtlil
 
-__all__ = ["to_verilog"]
+__all__ = ["YosysError", "run_yosys", "to_rtlil", "to_verilog"]
 
 _PASSES = ("hierarchy -top {top}; proc; flatten; opt_expr; opt_clean; opt_dff -nosdff; wreduce; opt_clean; "
            "memory_collect")
@@ -21,6 +21,7 @@ import sys
 from pyosys import libyosys as ys
 design = ys.Design()
 for command in sys.argv[1:]:
+    print(">" + command, flush=True)
     ys.run_pass("tee -q " + command, design)
 """
 
@@ -35,23 +36,47 @@ def _collapse(text):
     return _REPEATED.sub(lambda found: f"{{{1 + len(found[2]) // (2 + len(found[1]))}{{{found[1]}}}}}", text)
 
 
+class YosysError(RuntimeError):
+    """Yosys refused a design; the message is one line with its reason."""
+
+
+def run_yosys(commands, *, name="the design", log=None):
+    """Run commands on one design, in a process of its own (its memory is given back, its faults are not ours).
+
+    name : of the design in messages; log : called with each command when it starts
+    Raises YosysError.
+    """
+    with subprocess.Popen([sys.executable, "-c", _RUNNER, *commands], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, errors="replace") as process:
+        lines = []
+        for line in process.stdout:
+            if line.startswith(">"):
+                if log:
+                    log(line[1:].rstrip())
+            elif line.strip():
+                lines.append(line.strip())
+    if process.returncode:
+        errors = [line for line in lines if line.startswith("ERROR: ")]
+        raise YosysError(f"yosys failed on {name}: {(errors or lines or ['no output'])[-1].removeprefix('ERROR: ')}")
+
+
+def to_rtlil(component, *, name, ports=None):
+    """RTLIL text of ``component`` with top module ``name``, the same on every run; ``ports`` as in `to_verilog`."""
+    return _EMPTY_MEMORY.sub("", rtlil.convert(component, name=name, ports=ports, emit_src=False))
+
+
 def to_verilog(component, *, name, ports=None, flatten=True):
     """Verilog text of ``component`` with top module ``name``.
 
     ports : dict of port name to (value, direction) for renamed ports, or None for the component's own signature
     flatten : one module (fast simulation) instead of the hierarchy (readable)
-    The text is the same on every run. Raises RuntimeError with Yosys's last line when a pass fails.
+    The text is the same on every run. Raises YosysError when a pass fails.
     """
-    text = rtlil.convert(component, name=name, ports=ports, emit_src=False)
     passes = _PASSES.format(top=name)
     if not flatten:
         passes = passes.replace("flatten; ", "")
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "top.il"), Path(folder, "top.v")
-        source.write_text(_EMPTY_MEMORY.sub("", text))
-        commands = [f"read_rtlil {source}", *passes.split("; "), f"write_verilog -noattr -norename {target}"]
-        done = subprocess.run([sys.executable, "-c", _RUNNER, *commands], capture_output=True, text=True, check=False)
-        if done.returncode or not target.exists():
-            lines = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
-            raise RuntimeError(f"yosys failed on {name}: {lines[-1]}")
+        source.write_text(to_rtlil(component, name=name, ports=ports))
+        run_yosys([f"read_rtlil {source}", *passes.split("; "), f"write_verilog -noattr -norename {target}"], name=name)
         return _collapse(target.read_text())

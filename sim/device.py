@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -15,7 +14,7 @@ from skipopu.host.errors import DeviceError
 from skipopu.hw.config import OverlayConfig
 from skipopu.hw.registers import Control, Status
 
-from .build import cache_root
+from .cache import cached_text
 from .native import CsrError, MemoryTiming, NativeSim, ProtocolError, StopReason
 
 __all__ = ["RtlDevice", "cached_verilog"]
@@ -30,18 +29,14 @@ def cached_verilog(config: OverlayConfig, log: Callable[[str], None] | None = No
     digest = hashlib.sha256(repr((config, version("amaranth"), version("pyosys"))).encode())
     for path in sorted(sources.rglob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
-    target = cache_root() / "verilog" / f"{config.name}-{digest.hexdigest()[:20]}.v"
-    if target.exists():
-        return target.read_text()
-    if log:
-        log(f"elaborating the overlay at configuration {config.name}")
-    from skipopu.hw.top import overlay_verilog
-    text = overlay_verilog(config)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(f".{os.getpid()}")
-    partial.write_text(text)
-    partial.rename(target)
-    return text
+
+    def make() -> str:
+        if log:
+            log(f"elaborating the overlay at configuration {config.name}")
+        from skipopu.hw.top import overlay_verilog
+        return overlay_verilog(config)
+
+    return cached_text("verilog", f"{config.name}-{digest.hexdigest()[:20]}.v", make)
 
 
 class RtlDevice(Device):
