@@ -33,6 +33,8 @@ class OverlayConfig:
     abuf_rows: int  #: vector-wide FP32 rows of the activation buffer
     mbuf_rows: int  #: lanes-wide rows of aligned mantissas
     kvbuf_heads: int  #: KV heads x ceil(head_dim / lanes), capacity of one KV tile slot
+    router_rows: int  #: vector-wide rows of the router buffer (two FP16 weights per element, two layers)
+    history_tokens: int  #: positions whose written layers are remembered (KV reuse)
     kvout_rows: int  #: port-wide rows of new K and V waiting to be written
     state_rows: int  #: softmax states: query heads x tokens (not necessarily a power of two)
     fifo_beats: int  #: read FIFO beats per port
@@ -56,6 +58,9 @@ class OverlayConfig:
             (self.vector_lanes <= self.beat_elements, "vector_lanes must not exceed port_bits / 16"),
             (self.vector_lanes >= 2, "vector_lanes must be at least 2 (a RoPE pair)"),
             (self.ports <= self.lanes, "ports must not exceed lanes"),
+            (self.tokens <= 32, "tokens must be at most 32 (one route word)"),
+            (self.history_tokens >= self.tile_tokens, "history_tokens must cover a KV tile"),
+            (self.router_rows <= 0x8000, "router_rows must be at most 32768"),
             (self.lanes * self.columns // 2 >= self.superbeat_bytes, "a tile must hold at least one superbeat"),
             (self.superbeat_bytes >= 4 * self.vector_lanes, "a superbeat must hold at least one vector row"),
             (self.lanes >= 8, "lanes must be at least 8"),
@@ -122,18 +127,19 @@ PRESETS = {
     for config in [
         OverlayConfig(
             name="tiny", lanes=8, columns=16, ports=2, port_bits=64, vector_lanes=4, tokens=4, acc_rows=16,
-            abuf_rows=4096, mbuf_rows=2048, kvbuf_heads=64, kvout_rows=1024, state_rows=128, fifo_beats=64,
-            burst_beats=16, outstanding=4, queue_depth=4, cache_words=64,
+            abuf_rows=4096, mbuf_rows=2048, kvbuf_heads=64, router_rows=256, history_tokens=256,
+            kvout_rows=1024, state_rows=128, fifo_beats=64, burst_beats=16, outstanding=4, queue_depth=4,
+            cache_words=64,
         ),
         OverlayConfig(
             name="sim", lanes=32, columns=64, ports=8, port_bits=512, vector_lanes=16, tokens=16, acc_rows=64,
-            abuf_rows=8192, mbuf_rows=4096, kvbuf_heads=16, kvout_rows=512, state_rows=512, fifo_beats=256,
-            burst_beats=16, outstanding=16,
+            abuf_rows=8192, mbuf_rows=4096, kvbuf_heads=16, router_rows=256, history_tokens=2048,
+            kvout_rows=512, state_rows=512, fifo_beats=256, burst_beats=16, outstanding=16,
         ),
         OverlayConfig(
             name="u280", lanes=64, columns=128, ports=32, port_bits=512, vector_lanes=32, tokens=32, acc_rows=128,
-            abuf_rows=16384, mbuf_rows=16384, kvbuf_heads=64, kvout_rows=16384, state_rows=1024, fifo_beats=128,
-            burst_beats=16, outstanding=32, cache_words=512,
+            abuf_rows=16384, mbuf_rows=16384, kvbuf_heads=64, router_rows=1024, history_tokens=8192,
+            kvout_rows=16384, state_rows=1024, fifo_beats=128, burst_beats=16, outstanding=32, cache_words=512,
         ),
     ]
 }

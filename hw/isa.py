@@ -7,8 +7,11 @@ so that control resolves registers and hazards without knowing the opcode:
   its unit; register 0 reads as zero.
 * ``reads`` and ``writes`` are sets of `Resource`; an instruction starts when every earlier instruction (of another
   unit) that writes what it reads or writes, or reads what it writes, has completed. Units are in order in themselves.
+* ``list`` (`RowList`) says for which rows of the chunk an instruction runs: a loop over t takes only the rows in the
+  list, each at its own place. An instruction whose list is empty is dropped at dispatch, whatever it is, in one cycle:
+  nothing is fetched or computed for it. ``route`` decides the lists.
 
-Vector instructions walk the loops ``for h < heads: for n: for g < groups: for t < rows: for c`` with
+Vector instructions walk the loops ``for h < heads: for n: for g < groups: for t < rows in list: for c`` with
 ``beat = n * columns / V + c < beats``; ``off = t * row_stride + g * group_stride + h * head_stride + beat``.
 All of their addresses and strides count vector beats (V elements), in MBUF and KVOUT too: beat b of MBUF is row
 b div (lanes / V), beat b of KVOUT is row b div (beat_elements / V). MATMUL counts rows of MBUF.
@@ -19,13 +22,15 @@ from enum import IntEnum, IntFlag
 
 __all__ = [
     "COMMON", "CONTROL", "Condition", "Destination", "Field", "HEADER", "INSTRUCTIONS", "ISA_VERSION", "Instruction",
-    "IsaError", "MatmulMode", "OPCODES", "REGISTERS", "Register", "Resource", "RowScale", "Unit", "WORD_BITS",
-    "assemble", "decode", "disassemble", "encode", "markdown",
+    "IsaError", "MAX_LAYERS", "MatmulMode", "OPCODES", "REGISTERS", "ROUTER_ROWS_AT", "Register", "Resource", "RowList",
+    "RowScale", "Unit", "WORD_BITS", "assemble", "decode", "disassemble", "encode", "markdown",
 ]
 
-ISA_VERSION = 1
+ISA_VERSION = 2
 WORD_BITS = 256
 REGISTERS = 16
+MAX_LAYERS = 64  #: layers that route tables and the history of written records distinguish
+ROUTER_ROWS_AT = 0x8000  #: ABUF rows from here on are rows of the router buffer
 
 
 class IsaError(ValueError):
@@ -82,6 +87,18 @@ class Register(IntEnum):
     T5 = 13
     T6 = 14
     T7 = 15
+
+
+class RowList(IntEnum):
+    """For which rows of the chunk an instruction runs. Before the first ``route`` of a run every row executes."""
+
+    ALL = 0
+    ATTENTION = 1  #: tokens that execute the attention of the layer
+    MLP = 2  #: tokens that execute the MLP of the layer
+    MLP_ONLY = 3  #: tokens that execute the MLP but not the attention
+    NOT_MLP = 4  #: tokens that skip the MLP
+    NO_ATTENTION = 5  #: every row if no token executes the attention, otherwise none
+    NO_MLP = 6  #: every row if no token executes the MLP, otherwise none
 
 
 class Condition(IntEnum):
@@ -143,8 +160,8 @@ def _place(fields, lo):
     for item in fields:
         placed.append(Field(item.name, item.bits, item.doc, item.signed, lo))
         lo += item.bits
-    if lo > WORD_BITS:
-        raise IsaError(f"fields take {lo} bits, the word has {WORD_BITS}")
+    if lo > WORD_BITS - 3:
+        raise IsaError(f"fields take {lo} bits, the word has {WORD_BITS - 3} and its list")
     return tuple(placed)
 
 
@@ -162,8 +179,10 @@ HEADER = _place(
     ],
     0,
 )
+BODY = HEADER[-1].lo + HEADER[-1].bits  #: first bit of an instruction's own fields
+_LIST = Field("list", 3, "RowList", lo=WORD_BITS - 3)
+HEADER = (*HEADER, _LIST)
 COMMON = {item.name: item for item in HEADER}
-BODY = HEADER[-1].lo + HEADER[-1].bits
 
 
 @dataclass(frozen=True)
@@ -199,6 +218,7 @@ _VECTOR_BODY = [
     Field("scale", 2, "RowScale"),
     Field("dest", 2, "Destination"),
     Field("vector", 16, "beats of one aligned vector (one maximum exponent each)"),
+    Field("route", 1, "vnorm and vadd: score the rows for the routers, whose weights start at row x of their buffer"),
 ]
 _VECTOR_USES = {"imm": "low half: ABUF base `src`, high half: destination base `dst`", "rows": "count of loop t"}
 
@@ -229,25 +249,33 @@ INSTRUCTIONS = (
                 "if r[rows_reg] <condition> r[x_reg]: pc = imm (instruction index)",
                 {"imm": "target", "rows_reg": "left", "x_reg": "right"},
                 _place([Field("condition", 2, "Condition")], BODY)),
+    Instruction("route", 0x0B, CONTROL, "Take the routers' decisions as the row lists of a layer.",
+                "wait until no vector instruction with `route` is outstanding; for both modules: routes[layer] = bits "
+                "of the rows t < rows whose score is not negative, or what the host forces (ROUTE_FORCE)",
+                {"rows": "rows of the chunk"}, _place([Field("layer", 6, "layer")], BODY)),
 
     Instruction("loadw", 0x10, Unit.LOAD, "Stream weights into the array.",
                 "for i < count: weight_stream <- memory[imm + r[imm_reg] + i] (superbeats)",
                 {"imm": "superbeat address"}, _place([Field("count", 24, "superbeats")], BODY)),
     Instruction("loada", 0x11, Unit.LOAD, "Load FP32 rows into the activation buffer.",
-                "for r < rows: abuf[x + r*dst_stride + i] = row i of superbeats imm + r*count .. + count, i < beats",
+                "for r < rows: abuf[x + r*dst_stride + i] = row i of superbeats imm + r*count .. + count, i < beats; "
+                "rows from 0x8000 on are those of the router buffer: per lane two FP16, attention in the low half",
                 {"imm": "superbeat address", "rows": "rows", "x": "ABUF row"},
                 _place([Field("count", 16, "superbeats per row"), Field("beats", 16, "ABUF rows written per row"),
                         Field("dst_stride", 16, "ABUF rows per row")], BODY)),
     Instruction("loadkv", 0x12, Unit.LOAD, "Load one KV tile (tile_tokens whole records) into the next KV buffer slot.",
                 "slot[token] = record of token, for tile_tokens tokens; token r*P+p from port p, "
-                "superbeat imm + r*record",
-                {"imm": "superbeat address"},
+                "superbeat imm + r*record; with reuse + last*layer_stride, where last is the highest layer up to "
+                "`layer` in which storekv wrote position x + r*P+p (0 if none)",
+                {"imm": "superbeat address", "x": "position of the tile's first token (reuse)"},
                 _place([Field("heads", 8, "KV heads"), Field("head_beats", 8, "port beats of one head"),
-                        Field("record", 16, "port beats of one record")], BODY)),
+                        Field("record", 16, "port beats of one record"), Field("reuse", 1, "follow the history"),
+                        Field("layer", 6, "layer"), Field("layer_stride", 24, "superbeats from layer to layer")],
+                       BODY)),
 
     Instruction("matmul", 0x20, Unit.COMPUTE,
                 "Multiply rows of MBUF by the tile stream, deliver rows to the vector unit.",
-                "for h: for n: acc = 0; for k: for g: for t: acc[g,t] += tile(h,n,k) . mbuf[x + t*row_stride + "
+                "for h: for n: acc = 0; for k: for g: for t in list: acc[g,t] += tile(h,n,k) . mbuf[x + t*row_stride + "
                 "g*group_stride + h*head_stride + k]; deliver acc[g,t] (first `beats` of all n)",
                 {"rows": "count of loop t", "x": "MBUF row"},
                 _place([Field("mode", 3, "MatmulMode"), Field("heads", 8, "count of loop h"),
@@ -257,13 +285,21 @@ INSTRUCTIONS = (
                         Field("scale_exponent", 7, "largest exponent field among the scales (weights)", signed=True),
                         Field("beats", 16, "vector beats delivered per row, over all n")], BODY)),
 
+    Instruction("dropw", 0x21, Unit.COMPUTE, "Take superbeats from the weight stream and forget them.",
+                "for i < count: weight_stream -> nothing", {}, _place([Field("count", 24, "superbeats")], BODY)),
+
     Instruction("vset", 0x30, Unit.VECTOR, "Set the constants of the norm.", "inv_n = float(imm); eps = float(eps)",
                 {"imm": "FP32 bits of 1/n"}, _place([Field("eps", 32, "FP32 bits of epsilon")], BODY)),
     Instruction("vinit", 0x3A, Unit.VECTOR, "Forget all softmax states.", "for every state: m = -32768, l = 0"),
+    Instruction("vbias", 0x3B, Unit.VECTOR, "Set the biases of the routers.", "bias = (imm, mlp) * 2^-24",
+                {"imm": "of the attention, signed, units of 2^-24"},
+                _place([Field("mlp", 32, "of the MLP, signed, units of 2^-24", signed=True)], BODY)),
     _vector("vnorm", 0x31, "Gain and align a row of the residual stream; sum its squares.",
-            "v = abuf[src+off]; sumsq[t] += v*v; mbuf[dst+off] = align(v * table[beat])"),
+            "v = abuf[src+off]; sumsq[t] += v*v; mbuf[dst+off] = align(v * table[beat]); "
+            "with route: score[t] = bias + sum v * router[x + beat], for both modules", x="row of the router buffer"),
     _vector("vadd", 0x32, "Residual add fused with the next norm.",
-            "v = stream*s + abuf[src+off]; abuf[src+off] = v; sumsq[t] += v*v; mbuf[dst+off] = align(v * table[beat])"),
+            "v = stream*s + abuf[src+off]; abuf[src+off] = v; sumsq[t] += v*v; mbuf[dst+off] = align(v * table[beat]); "
+            "with route: score[t] = bias + sum v * router[x + beat], for both modules", x="row of the router buffer"),
     _vector("vrope", 0x33, "Scale, rotate adjacent pairs, write queries or keys. wrap 0: no rotation (values).",
             "v = stream*s; v = v*C[t, beat mod wrap] + swap(v)*S[t, beat mod wrap]; dest[dst+off] = v"),
     _vector("vswiglu", 0x34, "SiLU(gate) * up; even beats are gate, odd beats up.",
@@ -282,10 +318,12 @@ INSTRUCTIONS = (
             imm="number of logits that count", x="first row of the row scale: row t takes the scale of row x + t"),
 
     Instruction("storekv", 0x40, Unit.STORE, "Write new KV records to memory.",
-                "for t < rows: position = x + t; port = position mod P; "
+                "for t < rows in list: position = x + t; port = position mod P; "
                 "memory[port][imm + (position div P)*record ..] = kvout[t*record ..]",
                 {"imm": "superbeat address", "rows": "tokens", "x": "position of the first token"},
-                _place([Field("record", 16, "port beats of one record")], BODY)),
+                _place([Field("record", 16, "port beats of one record"),
+                        Field("layer", 6, "layer: noted in the history of the position, begun anew at layer 0")],
+                       BODY)),
     Instruction("storel", 0x41, Unit.STORE, "Write logits to memory.",
                 "for i < rows*count: memory[imm + i] = superbeat of store_stream (rows of vlogits packed without gaps)",
                 {"imm": "superbeat address", "rows": "rows"}, _place([Field("count", 24, "superbeats per row")], BODY)),
@@ -294,8 +332,9 @@ INSTRUCTIONS = (
 OPCODES = {item.opcode: item for item in INSTRUCTIONS}
 _BY_NAME = {item.mnemonic: item for item in INSTRUCTIONS}
 
-_ENUMS = {"mode": MatmulMode, "scale": RowScale, "dest": Destination, "condition": Condition, "reads": Resource,
-          "writes": Resource, "imm_reg": Register, "rows_reg": Register, "x_reg": Register, "rd": Register}
+_ENUMS = {"mode": MatmulMode, "scale": RowScale, "dest": Destination, "list": RowList, "condition": Condition,
+          "reads": Resource, "writes": Resource, "imm_reg": Register, "rows_reg": Register, "x_reg": Register,
+          "rd": Register}
 
 
 def encode(mnemonic, **values):
@@ -395,7 +434,7 @@ def markdown():
                 lines += [f"| {f.name} | {f.lo + f.bits - 1}:{f.lo} | {f.minimum}..{f.maximum} | {doc} |"
                           for f, doc in rows]
                 lines += [""]
-    for kind in (Resource, Register, Condition, MatmulMode, RowScale, Destination):
+    for kind in (Resource, Register, RowList, Condition, MatmulMode, RowScale, Destination):
         lines += ["", f"## {kind.__name__}", "", (kind.__doc__ or "").strip(), ""]
         lines += [f"- `{member.name}` = {int(member)}" for member in kind]
     return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
 from skipopu.hw.config import OverlayConfig
-from skipopu.hw.isa import ISA_VERSION, Unit
+from skipopu.hw.isa import ISA_VERSION, MAX_LAYERS, Unit
 
 __all__ = [
     "ADDRESS_BITS", "Access", "CAPABILITIES", "COUNTERS", "Control", "DESIGN_VERSION", "DebugBuffer", "FaultCause",
@@ -118,6 +118,10 @@ COUNTERS = (
     ("DRAIN_BLOCKED", "cycles in which the array waited for the vector unit to take results"),
     ("STREAM_WAIT", "cycles in which the vector unit waited for results of the array"),
     ("SATURATIONS", "keys and values clamped to the largest FP16 number"),
+    ("DROPPED", "instructions dropped because their row list was empty"),
+    ("WEIGHTS_READ", "superbeats of weights delivered to the array"),
+    ("KV_READ", "superbeats of KV tiles delivered"),
+    ("KV_WRITTEN", "port beats of KV records written"),
 )  #: 64-bit counters of events, cleared at start
 
 CAPABILITIES = (
@@ -160,10 +164,14 @@ MAP = (
     Register("PC", 0x060, "instruction index dispatched last", _RO),
     Register("ARGMAX_INDEX", 0x064, "index of the largest logit", _RO),
     Register("ARGMAX_VALUE", 0x068, "FP32 bits of the largest logit", _RO),
+    Register("ROUTE_FORCE", 0x06C, "bit 0: `route` takes ROUTES_FORCED in place of the routers' decisions"),
     *(Register(name, 0x080 + 4 * i, doc, _RO) for i, (name, doc) in enumerate(zip(CAPABILITIES, _CAPABILITY_DOCS))),
     Register("PORT_BASE", 0x100, "byte address of superbeat 0 on a port", words=2, count=MAX_PORTS),
     *(Register(name, 0x200 + 8 * i, doc, _RO, words=2) for i, (name, doc) in enumerate(COUNTERS)),
     Register("TOKEN_TABLE", 0x400, "what the token instruction reads; TOKENS entries exist", count=MAX_TOKENS),
+    Register("ROUTES_FORCED", 0x800, "rows that execute, bit t for row t: attention, then MLP of each layer",
+             count=2 * MAX_LAYERS),
+    Register("ROUTES", 0xA00, "what `route` took last: attention, then MLP of each layer", _RO, count=2 * MAX_LAYERS),
     Register("BEATS_READ", 0x600, "data beats read on a port, cleared at start", _RO, words=2, count=MAX_PORTS),
     Register("BEATS_WRITTEN", 0x700, "data beats written on a port, cleared at start", _RO, words=2, count=MAX_PORTS),
 )
