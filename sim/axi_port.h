@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "hbm.h"
 #include "memory_model.h"
 
 namespace skipopu {
@@ -21,6 +22,7 @@ enum Channel { kAR, kR, kAW, kW, kB, kChannels };
 struct PortConfig {
     uint64_t read_latency, write_latency, rate, max_outstanding, seed;
     uint64_t stall[kChannels];  // probability of a stalled cycle, in 1/2^32
+    HbmConfig hbm;
 };
 struct PortStats {
     uint64_t bytes_read, bytes_written, read_bursts, write_bursts, busy_cycles, read_wait_cycles, write_wait_cycles;
@@ -123,7 +125,9 @@ public:
     Port(const char* name, Watch& watch, const PortConfig& config, const ReadSignals& read, const WriteSignals& write,
          uint8_t* memory, uint64_t size, uint64_t base)
         : name_(name), watch_(watch), config_(config), r_(read), w_(write), memory_(memory), size_(size), base_(base),
-          model_(std::make_unique<IdealMemory>(config.read_latency, config.write_latency, config.rate)),
+          model_(config.hbm.enabled ? std::unique_ptr<MemoryModel>(std::make_unique<HbmMemory>(config.hbm, BYTES))
+                                    : std::make_unique<IdealMemory>(config.read_latency, config.write_latency,
+                                                                    config.rate)),
           random_(config.seed), reads_(config.max_outstanding), writes_(config.max_outstanding),
           responses_(config.max_outstanding) {}
 

@@ -23,7 +23,7 @@ from skipopu.sim.toolchain import Toolchain, find_toolchain
 __all__ = ["build_library", "cache_root"]
 
 _HERE = Path(__file__).parent
-_SOURCES = ("harness.cpp", "axi_port.h", "memory_model.h", "lz4.h")
+_SOURCES = ("harness.cpp", "axi_port.h", "memory_model.h", "hbm.h", "lz4.h")
 _VERILATOR_FLAGS = ("--cc", "--prefix", "Vtop", "-O3", "--x-assign", "fast", "--x-initial", "fast", "--no-timing",
                     "--no-assert", "--output-split", "20000", "--output-split-cfuncs", "1000", "-Wno-fatal",
                     "-Wno-lint", "-Wno-style", "--quiet")

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from skipopu.sim.build import build_library
 
+from .hbm import HbmConfig, HbmTiming
+
 __all__ = ["CsrError", "MemoryTiming", "NativeSim", "PortStats", "ProtocolError", "StopReason"]
 
 _NEVER = 2**64 - 1
@@ -47,6 +49,7 @@ class MemoryTiming:
     max_outstanding : bursts accepted but not finished, per direction, >= 1
     stall_ar, stall_r, stall_aw, stall_w, stall_b : probability in [0, 1) that the memory holds back that channel for a
         cycle; seed : of the stalls, port p uses seed + p
+    hbm : timing of an HBM2 pseudo-channel in place of latencies and bandwidth
     """
 
     read_latency: int = 32
@@ -59,6 +62,7 @@ class MemoryTiming:
     stall_w: float = 0.0
     stall_b: float = 0.0
     seed: int = 1
+    hbm: HbmTiming | None = None
 
     def __post_init__(self) -> None:
         for name in ("read_latency", "write_latency", "max_outstanding"):
@@ -95,7 +99,7 @@ _COUNTERS = [field.name for field in fields(PortStats)]
 class _Config(ctypes.Structure):  # PortConfig of axi_port.h
     _fields_ = [(name, ctypes.c_uint64) for name in
                 ("read_latency", "write_latency", "rate", "max_outstanding", "seed")] + \
-               [("stall", ctypes.c_uint64 * len(_CHANNELS))]
+               [("stall", ctypes.c_uint64 * len(_CHANNELS)), ("hbm", HbmConfig)]
 
 
 class _Stats(ctypes.Structure):  # PortStats of axi_port.h
@@ -170,7 +174,8 @@ class NativeSim:
         for port, item in enumerate(timings):
             configs[port] = _Config(item.read_latency, item.write_latency, max(1, round(item.bandwidth * 2**32)),
                                     item.max_outstanding, item.seed + port,
-                                    tuple(round(getattr(item, f"stall_{channel}") * 2**32) for channel in _CHANNELS))
+                                    tuple(round(getattr(item, f"stall_{channel}") * 2**32) for channel in _CHANNELS),
+                                    item.hbm.native(port) if item.hbm else HbmConfig())
         self._handle = self._library.sim_new((ctypes.c_void_p * ports)(*(m.ctypes.data for m in memories)),
                                              (ctypes.c_uint64 * ports)(*(len(m) for m in memories)),
                                              (ctypes.c_uint64 * ports)(*bases), configs)
