@@ -97,9 +97,9 @@ _COUNTERS = [field.name for field in fields(PortStats)]
 
 
 class _Config(ctypes.Structure):  # PortConfig of axi_port.h
-    _fields_ = [(name, ctypes.c_uint64) for name in
-                ("read_latency", "write_latency", "rate", "max_outstanding", "seed")] + \
-               [("stall", ctypes.c_uint64 * len(_CHANNELS)), ("hbm", HbmConfig)]
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in ("read_latency", "write_latency", "rate", "max_outstanding", "seed")),
+        ("stall", ctypes.c_uint64 * len(_CHANNELS)), ("hbm", HbmConfig)]
 
 
 class _Stats(ctypes.Structure):  # PortStats of axi_port.h
