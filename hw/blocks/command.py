@@ -1,4 +1,4 @@
-"""What control sends to the units: an instruction with its registers already added, and the form of a fault."""
+"""What passes between control and the units: resolved instructions, faults, notes of written records."""
 
 from types import SimpleNamespace
 
@@ -6,9 +6,9 @@ from amaranth.hdl import signed
 from amaranth.lib import data
 
 from ..config import OverlayConfig
-from ..isa import BODY, COMMON, WORD_BITS, Instruction
+from ..isa import BODY, COMMON, MAX_LAYERS, WORD_BITS, Instruction
 
-__all__ = ["Command", "Fault", "PC_BITS", "fields"]
+__all__ = ["Command", "Fault", "PC_BITS", "Written", "fields"]
 
 PC_BITS = 24
 
@@ -18,6 +18,7 @@ class Command(data.StructLayout):
 
     opcode; imm, rows and x : the header fields with their registers added; body : word bits of the instruction's own
     fields (see ``fields``); pc : instruction index, for faults;
+    mask : bit t: row t of the chunk is in the instruction's list and below rows
     needs : per unit, how many of its commands (modulo 256, counted since reset) must be done before this one starts
     """
 
@@ -25,12 +26,15 @@ class Command(data.StructLayout):
         super().__init__({
             "opcode": COMMON["opcode"].bits, "imm": signed(COMMON["imm"].bits), "rows": COMMON["rows"].bits,
             "x": signed(COMMON["x"].bits), "body": WORD_BITS - BODY, "pc": PC_BITS,
-            "needs": data.ArrayLayout(8, 4),
+            "mask": config.tokens, "needs": data.ArrayLayout(8, 4),
         })
 
 
 #: Output of a unit that can fail: ``valid`` for at least one cycle, with what FAULT, FAULT_PORT and FAULT_PC will show.
 Fault = data.StructLayout({"valid": 1, "cause": 4, "port": 5, "pc": PC_BITS})
+
+#: From the store unit to the history in the load unit: while ``valid``, the record of a position was written.
+Written = data.StructLayout({"valid": 1, "position": COMMON["x"].bits, "layer": (MAX_LAYERS - 1).bit_length()})
 
 
 def fields(body, instruction: Instruction) -> SimpleNamespace:
