@@ -59,7 +59,8 @@ def build_library(verilog: str, *, top: str, ports: int, port_bits: int, trace: 
     trace_flags = ("-DTRACE", "-DVM_TRACE=1", "-DVM_TRACE_FST=1") if trace else ("-DVM_TRACE=0",)
     flags = (*_BASE_FLAGS, *trace_flags)
     defines = (f"-DPORTS={ports}", f"-DPORT_BITS={port_bits}",
-               "-DPORT_LIST=" + " ".join(f"PORT({port})" for port in range(ports)))
+               "-DPORT_LIST=" + " ".join(f"PORT({port})" for port in range(ports)),
+               *(["-DEVENTS"] if "event_dispatch" in verilog else []))
     sources = [(_HERE / name).read_text() for name in _SOURCES]
     key = _digest(verilog, top, *sources, *_VERILATOR_FLAGS, *flags, *_FAST_FLAGS, *_SLOW_FLAGS, str(_UNIT_BYTES),
                   *defines, Path(__file__).read_text(), tools.identity)

@@ -3,7 +3,8 @@
 // Every output of the design is a function of its registers. So the outputs read before an edge are the ones that take
 // part in it, and one evaluation with the clock high and one with the clock low make a cycle.
 //
-// Set by native.py: PORTS, PORT_BITS, PORT_LIST = PORT(0) PORT(1) ..., and TRACE in the build with waveforms.
+// Set by build.py: PORTS, PORT_BITS, PORT_LIST = PORT(0) PORT(1) ..., TRACE in the build with waveforms, and EVENTS for
+// a top that says what its units do (event_*).
 #include <memory>
 #include <stdexcept>
 
@@ -24,6 +25,14 @@ void vl_fatal(const char* file, int line, const char*, const char* message) {
 namespace skipopu {
 
 enum Stop { kLimit = 0, kIrq = 1, kError = 2 };
+
+// What happened in one cycle: an instruction left control (or was dropped there), units began or finished a command.
+// Mirrored field by field in native.py.
+struct Event {
+    uint64_t cycle;
+    uint32_t pc;
+    uint8_t dispatch, dropped, start, done;  // start and done: bit per unit
+};
 using DataPort = Port<PORT_BITS / 8, true>;
 using FetchPort = Port<32, false>;
 
@@ -127,6 +136,24 @@ public:
         return index < PORTS ? f(*ports_[index]) : f(*fetch_);
     }
 
+    // Events from now on are kept until they are taken; those kept so far are dropped.
+    bool record(bool on) {
+        events_.clear();
+        recording_ = on;
+#ifdef EVENTS
+        return true;
+#else
+        return false;
+#endif
+    }
+    size_t take_events(Event* out, size_t most) {
+        const size_t count = std::min(most, events_.size());
+        std::copy_n(events_.begin(), count, out);
+        events_.erase(events_.begin(), events_.begin() + count);
+        return count;
+    }
+    size_t events() const { return events_.size(); }
+
     uint64_t now() const { return watch_.cycle; }
     bool irq() const { return top_->irq; }
     std::string error() const { return watch_.text; }
@@ -150,6 +177,11 @@ private:
 #ifdef TRACE
         dump(1);
 #endif
+#ifdef EVENTS
+        if (recording_ && (top_->event_dispatch | top_->event_start | top_->event_done))
+            events_.push_back({watch_.cycle, top_->event_pc, top_->event_dispatch, top_->event_dropped,
+                               top_->event_start, top_->event_done});
+#endif
         ++watch_.cycle;
     }
 
@@ -169,6 +201,8 @@ private:
     std::string trace_path_;
     uint64_t trace_first_ = 0, trace_last_ = 0;
 #endif
+    std::vector<Event> events_;
+    bool recording_ = false;
     VerilatedContext context_;
     std::unique_ptr<Vtop> top_;
     Watch watch_;
@@ -217,6 +251,9 @@ API int sim_irq(const Simulation* s) { return s->irq(); }
 API void sim_error(const Simulation* s, char* text, size_t size) { snprintf(text, size, "%s", s->error().c_str()); }
 API int sim_trace(Simulation* s, const char* path, uint64_t first, uint64_t last) { return s->trace(path, first, last); }
 API void sim_stop_trace(Simulation* s) { s->stop_trace(); }
+API int sim_record(Simulation* s, int on) { return s->record(on); }
+API size_t sim_events(const Simulation* s) { return s->events(); }
+API size_t sim_take_events(Simulation* s, Event* out, size_t most) { return s->take_events(out, most); }
 API void sim_stats(Simulation* s, unsigned port, PortStats* out, int clear) {
     s->with_port(port, [&](auto& p) {
         *out = p.stats;

@@ -16,7 +16,7 @@ from skipopu.sim.build import build_library
 
 from .hbm import HbmConfig, HbmTiming
 
-__all__ = ["CsrError", "MemoryTiming", "NativeSim", "PortStats", "ProtocolError", "StopReason"]
+__all__ = ["CsrError", "EVENT", "MemoryTiming", "NativeSim", "PortStats", "ProtocolError", "StopReason"]
 
 _NEVER = 2**64 - 1
 _SLICE_CYCLES = 20_000  # cycles per native call, so that an interrupt from the keyboard is seen soon
@@ -106,6 +106,10 @@ class _Stats(ctypes.Structure):  # PortStats of axi_port.h
     _fields_ = [(name, ctypes.c_uint64) for name in _COUNTERS]
 
 
+#: One cycle in which something happened: ``dispatch``, an instruction (``pc``) left control, ``dropped``, with an empty
+#: row list; ``start`` and ``done``, bit per unit that began or finished a command.
+EVENT = np.dtype([("cycle", "u8"), ("pc", "u4"), ("dispatch", "u1"), ("dropped", "u1"), ("start", "u1"), ("done", "u1")])
+
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "new": (ctypes.c_void_p, [ctypes.c_void_p] * 4),
     "delete": (None, [ctypes.c_void_p]),
@@ -118,6 +122,9 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "error": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]),
     "trace": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint64]),
     "stop_trace": (None, [ctypes.c_void_p]),
+    "record": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int]),
+    "events": (ctypes.c_size_t, [ctypes.c_void_p]),
+    "take_events": (ctypes.c_size_t, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]),
     "stats": (None, [ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_int]),
     "inject_error": (None, [ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64,
                             ctypes.c_uint64, ctypes.c_int]),
@@ -267,6 +274,17 @@ class NativeSim:
         """
         if not self._library.sim_trace(self._live(), str(path).encode(), first_cycle, last_cycle):
             raise ValueError("waveforms need a simulation built with trace=True")
+
+    def record(self, on: bool = True) -> None:
+        """Keep what the units do from now on, see ``events``. Raises ValueError for a top without event outputs."""
+        if not self._library.sim_record(self._live(), on):
+            raise ValueError("this top has no event outputs")
+
+    def events(self) -> np.ndarray:
+        """What happened since ``record`` or the last call, as EVENT records in the order of time."""
+        out = np.zeros(self._library.sim_events(self._live()), EVENT)
+        self._library.sim_take_events(self._live(), out.ctypes.data, len(out))
+        return out
 
     def stop_trace(self) -> None:
         """Finish the waveform file."""
