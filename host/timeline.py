@@ -1,0 +1,94 @@
+"""When each instruction of a run was dispatched, began and ended, from what a device recorded.
+
+Units are in order in themselves: the k-th command a unit begins or ends is the k-th that was dispatched to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from skipopu.hw.isa import Unit, decode
+
+from .program import Program
+
+__all__ = ["Block", "Span", "blocks", "spans"]
+
+_UNITS = tuple(unit for unit in Unit if unit != Unit.CONTROL)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One executed instruction, in cycles of the device. CONTROL instructions begin and end where they leave control;
+    so do dropped ones, whose unit is CONTROL whatever they would have used."""
+
+    pc: int
+    unit: Unit
+    dispatch: int
+    start: int
+    done: int
+    dropped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The cycles from the end of the block before to the end of this one; layer -1 outside the layers."""
+
+    layer: int
+    module: str
+    begin: int
+    end: int
+
+    @property
+    def cycles(self) -> int:
+        return self.end - self.begin
+
+
+def spans(program: Program, events: np.ndarray) -> list[Span]:
+    """Every instruction of one run in the order of dispatch. events : records of ``NativeSim.events``"""
+    units = [decode(word)[0].unit for word in program.words]
+    begun: dict[Unit, list[int]] = {unit: [] for unit in _UNITS}
+    ended: dict[Unit, list[int]] = {unit: [] for unit in _UNITS}
+    for unit in _UNITS:
+        begun[unit] = events["cycle"][events["start"] >> unit & 1 != 0].tolist()
+        ended[unit] = events["cycle"][events["done"] >> unit & 1 != 0].tolist()
+    taken = dict.fromkeys(_UNITS, 0)
+    found = []
+    for event in events[events["dispatch"] != 0]:
+        pc, cycle, dropped = int(event["pc"]), int(event["cycle"]), bool(event["dropped"])
+        unit = units[pc]
+        if dropped or unit == Unit.CONTROL:
+            found.append(Span(pc, Unit.CONTROL, cycle, cycle, cycle, dropped))
+            continue
+        index = taken[unit]
+        taken[unit] += 1
+        if index >= len(begun[unit]) or index >= len(ended[unit]):
+            raise ValueError(f"instruction {pc} has no {'begin' if index >= len(begun[unit]) else 'end'} in "
+                             f"{len(events)} events: record whole runs")
+        found.append(Span(pc, unit, cycle, begun[unit][index], ended[unit][index]))
+    return found
+
+
+def blocks(program: Program, run: Sequence[Span]) -> list[Block]:
+    """The run cut into the modules of its layers, in order, each ending with the last instruction of its own.
+
+    What overlaps two modules (weights that are loaded ahead) counts for the one that is still computing.
+    """
+    if not run:
+        return []
+    order: list[tuple[int, str]] = []
+    ends: dict[tuple[int, str], int] = {}
+    for span in run:
+        note = program.notes[span.pc]
+        key = (note.layer, note.module)
+        if key not in ends:
+            order.append(key)
+        if span.unit != Unit.LOAD:
+            ends[key] = max(ends.get(key, 0), span.done)
+    cut, begin = [], run[0].dispatch
+    for key in order:
+        end = max(ends.get(key, begin), begin)
+        cut.append(Block(*key, begin, end))
+        begin = end
+    return cut
