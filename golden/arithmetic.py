@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 __all__ = ["LARGEST", "LOWEST", "TINY", "add", "align", "align_kv", "from_int", "half_parts", "mul", "round32",
-           "scale2", "to_half", "widen"]
+           "scale2", "to_half", "widen", "widen_half"]
 
 LARGEST = (2.0 - 2.0**-23) * 2.0**127  #: largest finite FP32
 LOWEST = -LARGEST  #: a masked score
@@ -59,21 +59,27 @@ def widen(stored: np.ndarray) -> np.ndarray:
     return np.where(field == 0, 0.0, np.where(bits >> 31, -magnitude, magnitude))
 
 
-def align(x: np.ndarray, bits: int, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Shared exponents: x ~ mantissa * 2^(exponent - bits + 2).
+def widen_half(bits: np.ndarray) -> np.ndarray:
+    """FP16 bits (uint16) as an FP32 operand: exponent field 0 is zero, 31 an ordinary exponent. FP32 in float64."""
+    significand, field = half_parts(bits)
+    return np.where(bits >> 10 & 31, np.ldexp(significand.astype(np.float64), field - 25), 0.0)
 
-    x : FP32 in float64 [..., blocks * block]; bits : 16 or 12
+
+def align(x: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Shared exponents: x ~ mantissa * 2^(exponent - 14).
+
+    x : FP32 in float64 [..., blocks * block]
     Returns mantissas int16 [..., blocks, block], exponents int16 [..., blocks] (-127 for an all-zero block), sums of
-    the mantissas int32 [..., blocks]. Magnitudes round half up and saturate at 2^(bits - 1) - 1.
+    the mantissas int32 [..., blocks]. Magnitudes round half up and saturate at 32767.
     """
     x = x.reshape(*x.shape[:-1], -1, block)
     magnitude = np.abs(x)
     top = magnitude.max(-1)
     exponent = np.where(top == 0, NO_EXPONENT, np.frexp(top)[1] - 1)
-    magnitude *= np.ldexp(1.0, bits - 2 - exponent)[..., None]
+    magnitude *= np.ldexp(1.0, 14 - exponent)[..., None]
     magnitude += 0.5
     np.floor(magnitude, out=magnitude)
-    np.minimum(magnitude, (1 << (bits - 1)) - 1, out=magnitude)
+    np.minimum(magnitude, 32767, out=magnitude)
     mantissa = np.copysign(magnitude, x).astype(np.int16)
     return mantissa, exponent.astype(np.int16), mantissa.sum(-1, dtype=np.int32)
 

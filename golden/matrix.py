@@ -38,10 +38,15 @@ class MatrixUnit:
         self.tiles.clear()
         self.scored = 0
 
+    def drop_weights(self, values: dict[str, int]) -> list[Write]:
+        """One DROPW."""
+        self._take(values["count"])
+        return []
+
     def execute(self, values: dict[str, int]) -> list[Write]:
-        """One MATMUL with its registers already added; its results go to the stream."""
+        """One MATMUL with its registers already added, for the rows in its ``mask``; its results go to the stream."""
         state, config, k_tiles = self.state, self.state.config, values["k_tiles"]
-        span = nest(values["heads"], values["groups"], values["rows"], k_tiles, values["head_stride"],
+        span = nest(values["heads"], values["groups"], values["mask"], k_tiles, values["head_stride"],
                     values["group_stride"], values["row_stride"])
         if not span.offset.size or not values["n_tiles"]:
             raise ProgramError("matmul: heads, groups, rows, n_tiles and k_tiles must be at least 1")
@@ -49,9 +54,9 @@ class MatrixUnit:
         if width > values["n_tiles"] * config.columns or width <= (values["n_tiles"] - 1) * config.columns:
             raise ProgramError(f"matmul.beats must reach into the last of {values['n_tiles']} column tiles, "
                                f"not be {values['beats']}")
-        if values["groups"] * values["rows"] > config.acc_rows or values["x"] < 0 or (
+        if values["groups"] * len(span.rows) > config.acc_rows or values["x"] < 0 or (
                 values["x"] + span.span > config.mbuf_rows):
-            self.fail(FaultCause.BUFFER_RANGE, f"{values['groups']} x {values['rows']} accumulator rows, mbuf rows "
+            self.fail(FaultCause.BUFFER_RANGE, f"{values['groups']} x {len(span.rows)} accumulator rows, mbuf rows "
                                                 f"{values['x']}..{values['x'] + span.span - 1}")
         rows = values["x"] + span.offset  # [h, g, t, k]
         emax = state.mbuf_emax[rows[..., 0]].astype(np.int64)  # [h, g, t]
@@ -78,10 +83,8 @@ class MatrixUnit:
         self.results.put(y.reshape(*shape, -1, config.vector_lanes))
         return []
 
-    def _operand(self, mode: MatmulMode, values: dict[str, int]) -> list[WeightTiles]:
-        """The next weight stream, unpacked; one item per head."""
-        sizes = values["heads"], values["n_tiles"], values["k_tiles"]
-        need = weight_superbeats(self.state.config, mode, sizes[0] * sizes[1] * sizes[2])
+    def _take(self, need: int) -> list[tuple[int, int]]:
+        """(address, superbeats) of the next ``need`` superbeats of the weight stream."""
         ranges, missing = [], need
         while missing and self.weights:
             address, count = self.weights.pop(0)
@@ -92,14 +95,19 @@ class MatrixUnit:
                 self.weights.insert(0, (address + used, count - used))
         if missing:
             self.fail(FaultCause.WATCHDOG, f"needs {need} superbeats of weights, {missing} are missing")
+        return ranges
 
-        def build() -> list[WeightTiles]:
+    def _operand(self, mode: MatmulMode, values: dict[str, int]) -> list[WeightTiles]:
+        """The next weight stream, unpacked; one item per head."""
+        sizes = values["heads"], values["n_tiles"], values["k_tiles"]
+        ranges = self._take(weight_superbeats(self.state.config, mode, sizes[0] * sizes[1] * sizes[2]))
+
+        def build() -> tuple[list[WeightTiles], list[tuple[int, int]]]:
             stream = np.concatenate([linear(self.state.config, self.memories, *part) for part in ranges])
-            return unpack_weights(self.state.config, mode, stream, *sizes, values["scale_exponent"])
+            return (unpack_weights(self.state.config, mode, stream, *sizes, values["scale_exponent"]),
+                    [(address, address + count) for address, count in ranges])
 
-        key = ("weights", mode, *sizes, values["scale_exponent"], *ranges)
-        first, last = min(address for address, _ in ranges), max(address + count for address, count in ranges)
-        return self.cache.get(key, first, last, build)
+        return self.cache.get(("weights", mode, *sizes, values["scale_exponent"], *ranges), build)
 
     def _attend(self, mode: int, x: np.ndarray, width: int, emax: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """QK or PV: (accumulators [h, rows, width], exponents [h, g, t, width or 1])."""
@@ -113,7 +121,7 @@ class MatrixUnit:
             raise ProgramError(f"matmul {MatmulMode(mode).name} of {x.shape[0]} heads x {x.shape[1]} blocks does not "
                                f"fit the KV tile: {operand.shape[0]} x {operand.shape[1]}")
         dots = x @ operand[: x.shape[0]].astype(np.float64)  # [h, blocks, rows, columns]
-        dots *= 1024
+        dots *= 64
         acc = np.floor(dots, out=dots).sum(1)
         if acc.shape[-1] < width:
             acc = np.pad(acc, ((0, 0), (0, 0), (0, width - acc.shape[-1])))

@@ -23,6 +23,7 @@ __all__ = ["VectorUnit"]
 MINUS_LOG2E = np.float64(np.uint32(0xBFB8AA3B).view(np.float32))
 TERM_LIMIT = 1 << 56
 SUM_LIMIT = (1 << 63) - 1
+SCORE_LIMIT = 1 << 44
 PROB_LIMIT = 1 << 30
 Fail = Callable[[FaultCause, str], NoReturn]
 
@@ -41,7 +42,7 @@ class VectorUnit:
         self.per_row = state.config.lanes // state.config.vector_lanes  # beats of one MBUF row
 
     def execute(self, mnemonic: str, values: dict[str, int]) -> list[Write]:
-        """One vector instruction with its registers already added."""
+        """One vector instruction with its registers already added, for the rows in its ``mask``."""
         state = self.state
         if mnemonic == "vset":
             constants = np.array([values["imm"] & 0xFFFFFFFF, values["eps"]], np.uint32).view(np.float32)
@@ -51,17 +52,18 @@ class VectorUnit:
         if mnemonic == "vinit":
             state.maximum[:], state.total[:] = MAXIMUM_INIT, 0
             return [Write("state", np.arange(len(state.maximum)))]
-        if not all(values[name] for name in ("heads", "groups", "rows", "beats")):
+        if mnemonic == "vbias":
+            state.router_bias[:] = values["imm"], values["mlp"]
+            return []
+        if not all(values[name] for name in ("heads", "groups", "mask", "beats")):
             raise ProgramError(f"{mnemonic}: heads, groups, rows and beats must be at least 1")
-        if values["rows"] > state.config.tokens:
-            self.fail(FaultCause.BUFFER_RANGE, f"{values['rows']} rows, a chunk has {state.config.tokens}")
         return getattr(self, "_" + mnemonic)(values, self._nest(values))
 
     # ---- operands
 
     @staticmethod
     def _nest(values: dict[str, int], beats: int | None = None) -> Nest:
-        return nest(values["heads"], values["groups"], values["rows"], values["beats"] if beats is None else beats,
+        return nest(values["heads"], values["groups"], values["mask"], values["beats"] if beats is None else beats,
                     values["head_stride"], values["group_stride"], values["row_stride"])
 
     def _rows(self, base: int, span: Nest, size: int, name: str) -> np.ndarray | slice:
@@ -92,41 +94,41 @@ class VectorUnit:
                                            f"{len(self.results)} are there")
         return values
 
-    def _scaled(self, v: np.ndarray, values: dict[str, int], first: int = 0) -> np.ndarray:
+    def _scaled(self, v: np.ndarray, values: dict[str, int], span: Nest, first: int = 0) -> np.ndarray:
         """v times the row scale. first : row of sumsq that belongs to t = 0."""
-        state, kind, count = self.state, values["scale"], values["rows"]
+        state, kind = self.state, values["scale"]
         if kind == RowScale.ONE:
             return v
         if kind == RowScale.RSQRT:
-            key = first, count
+            key = first, values["mask"]
             if key not in state.row_scale:
-                rows = np.arange(first, first + count)
-                if first < 0 or first + count > len(state.sumsq):
-                    self.fail(FaultCause.BUFFER_RANGE, f"row scale of rows {first}..{first + count - 1}")
+                rows = first + span.rows
+                if rows[0] < 0 or rows[-1] >= len(state.sumsq):
+                    self.fail(FaultCause.BUFFER_RANGE, f"row scale of rows {rows[0]}..{rows[-1]}")
                 mean = mul(from_int(state.sumsq[rows], -24), state.inv_n)
                 state.row_scale[key] = rsqrt(add(mean, state.eps))[:, None, None]
             return mul(v, state.row_scale[key])
         if kind == RowScale.RECIPROCAL:
             turn = np.arange(values["beats"]) // values["wrap"] if values["wrap"] else np.zeros(values["beats"], int)
-            index = turn * state.config.tokens + np.arange(count)[:, None]
+            index = turn * state.config.tokens + span.rows[:, None]
             self._check_states(index)
             used, inverse = np.unique(index, return_inverse=True)
             return mul(v, recip(from_int(state.total[used], -30))[inverse.reshape(index.shape)][..., None])
         raise ProgramError(f"scale must be a RowScale, not {kind}")
 
-    def _table(self, values: dict[str, int], beats: int, part: int = 0) -> np.ndarray:
+    def _table(self, values: dict[str, int], span: Nest, part: int = 0) -> np.ndarray:
         """Table operand [t, beats, V]; row ``table + part + t * table_stride + beat mod wrap``."""
-        beat = np.arange(beats)
-        rows = values["table"] + part + np.arange(values["rows"])[:, None] * values["table_stride"] + (
+        beat = np.arange(span.shape[-1])
+        rows = values["table"] + part + span.rows[:, None] * values["table_stride"] + (
             beat % values["wrap"] if values["wrap"] else beat)
         if rows.max() >= self.state.config.abuf_rows:
             self.fail(FaultCause.BUFFER_RANGE, f"abuf row {rows.max()} of {self.state.config.abuf_rows} (table)")
         return self.state.read_abuf(rows)
 
-    def _states(self, values: dict[str, int]) -> np.ndarray:
+    def _states(self, span: Nest) -> np.ndarray:
         """Softmax state of each row: [h, g, t]."""
-        heads, groups, rows = (np.arange(values[name]) for name in ("heads", "groups", "rows"))
-        index = (heads[:, None, None] * values["groups"] + groups[:, None]) * self.state.config.tokens + rows
+        heads, groups = (np.arange(count) for count in span.shape[:2])
+        index = (heads[:, None, None] * len(groups) + groups[:, None]) * self.state.config.tokens + span.rows
         self._check_states(index)
         return index
 
@@ -136,7 +138,7 @@ class VectorUnit:
 
     # ---- results
 
-    def _align(self, values: dict[str, int], span: Nest, out: np.ndarray, bits: int = 16) -> Write:
+    def _align(self, values: dict[str, int], span: Nest, out: np.ndarray) -> Write:
         """Align ``out`` into MBUF, one maximum exponent per ``vector`` beats."""
         state, config, per = self.state, self.state.config, self.per_row
         target, vector, beats = self._target(values), values["vector"], span.shape[-1]
@@ -144,7 +146,7 @@ class VectorUnit:
             raise ProgramError(f"aligned vectors must fill whole rows of {per} beats: destination {target}, "
                                f"vector {vector}, beats {beats}")
         self._rows(target, span, config.mbuf_rows * per, "mbuf beat, ")
-        mantissa, exponent, total = align(out.reshape(*span.shape[:3], -1), bits, config.block)
+        mantissa, exponent, total = align(out.reshape(*span.shape[:3], -1), config.block)
         rows = (target + span.offset[..., ::per]) // per  # [h, g, t, MBUF rows]
         exponent = exponent.reshape(*rows.shape, config.blocks)
         state.mbuf[rows] = mantissa.reshape(*rows.shape, config.lanes)
@@ -154,37 +156,49 @@ class VectorUnit:
         state.mbuf_emax[rows[..., starts]] = np.maximum.reduceat(exponent.max(-1), starts, axis=-1)
         return Write("mbuf", rows.ravel())
 
-    def _sum_squares(self, v: np.ndarray) -> Write:
+    def _sum_squares(self, v: np.ndarray, span: Nest) -> Write:
         """sumsq[t] of v [1, 1, t, beats, V]; several heads or groups start anew at beat 0, so the last one stays."""
-        term = np.minimum(np.floor(mul(v, v)[-1, -1] * 2.0**24 + 0.5), float(TERM_LIMIT))
-        rows = np.arange(len(term))
-        for t in rows:
-            small = term[t].sum() < 2.0**53
-            total = int(term[t].sum()) if small else sum(int(item) for item in term[t].ravel())
+        terms = np.minimum(np.floor(mul(v, v)[-1, -1] * 2.0**24 + 0.5), float(TERM_LIMIT))
+        for t, term in zip(span.rows, terms):
+            small = term.sum() < 2.0**53
+            total = int(term.sum()) if small else sum(int(item) for item in term.ravel())
             self.state.sumsq[t] = min(total, SUM_LIMIT)
         self.state.row_scale.clear()
-        return Write("sumsq", rows)
+        return Write("sumsq", span.rows)
+
+    def _score(self, values: dict[str, int], v: np.ndarray, span: Nest) -> Write:
+        """Scores of the raw rows v [1, 1, t, beats, V] for both routers."""
+        state, first, beats = self.state, values["x"], span.shape[-1]
+        if first < 0 or first + beats > state.config.router_rows:
+            self.fail(FaultCause.BUFFER_RANGE, f"router rows {first}..{first + beats - 1} of {state.config.router_rows}")
+        p = mul(v[-1, -1], state.routers[:, None, first : first + beats])  # [2, t, beats, V]
+        size = np.minimum(np.floor(np.abs(p) * 2.0**24 + 0.5), float(SCORE_LIMIT))
+        term = np.copysign(size, p).astype(np.int64)
+        state.scores[:, span.rows] = state.router_bias[:, None] + term.sum((-2, -1))
+        return Write("scores", span.rows)
 
     # ---- instructions
 
+    def _normed(self, values: dict[str, int], v: np.ndarray, span: Nest) -> list[Write]:
+        """What vnorm and vadd share: the sum of squares of v, its scores, and v times the gain, aligned."""
+        return [self._sum_squares(v, span), *([self._score(values, v, span)] if values["route"] else ()),
+                self._align(values, span, mul(v, self._table(values, span)))]
+
     def _vnorm(self, values: dict[str, int], span: Nest) -> list[Write]:
-        v = self._load(self._source(values), span)
-        return [self._sum_squares(v), self._align(values, span, mul(v, self._table(values, span.shape[-1])))]
+        return self._normed(values, self._load(self._source(values), span), span)
 
     def _vadd(self, values: dict[str, int], span: Nest) -> list[Write]:
         source = self._source(values)
-        v = add(self._scaled(self._stream(span), values), self._load(source, span))
-        return [self._store(source, span, v), self._sum_squares(v),
-                self._align(values, span, mul(v, self._table(values, span.shape[-1])))]
+        v = add(self._scaled(self._stream(span), values, span), self._load(source, span))
+        return [self._store(source, span, v), *self._normed(values, v, span)]
 
     def _vrope(self, values: dict[str, int], span: Nest) -> list[Write]:
-        v = self._scaled(self._stream(span), values)
+        v = self._scaled(self._stream(span), values, span)
         if values["wrap"]:
-            beats = span.shape[-1]
             swapped = v.reshape(*v.shape[:-1], -1, 2)[..., ::-1].reshape(v.shape)
-            v = add(mul(v, self._table(values, beats)), mul(swapped, self._table(values, beats, values["wrap"])))
+            v = add(mul(v, self._table(values, span)), mul(swapped, self._table(values, span, values["wrap"])))
         if values["dest"] != Destination.KVOUT:
-            return [self._align(values, span, v, 16 if values["dest"] == Destination.MBUF16 else 12)]
+            return [self._align(values, span, v)]
         config = self.state.config
         target, per = self._target(values), config.beat_elements // config.vector_lanes
         self._rows(target, span, config.kvout_rows * per, "kvout beat")
@@ -194,7 +208,7 @@ class VectorUnit:
         return [Write("kvout", np.unique((target + span.offset) // per))]
 
     def _vswiglu(self, values: dict[str, int], span: Nest) -> list[Write]:
-        v = self._scaled(self._stream(span), values)
+        v = self._scaled(self._stream(span), values, span)
         gate, up = v[..., 0::2, :], v[..., 1::2, :]
         if gate.shape != up.shape:
             raise ProgramError(f"vswiglu.beats must be even, not {span.shape[-1]}")
@@ -202,10 +216,10 @@ class VectorUnit:
         return [self._align(values, self._nest(values, span.shape[-1] // 2), out)]
 
     def _vscore(self, values: dict[str, int], span: Nest) -> list[Write]:
-        state, index = self.state, self._states(values)
+        state, index = self.state, self._states(span)
         v = self._stream(span)
         column = np.arange(v.shape[-2] * v.shape[-1]).reshape(v.shape[-2:])
-        allowed = column <= (values["x"] + np.arange(span.shape[2]))[:, None, None]  # [t, beats, V]
+        allowed = column <= (values["x"] + span.rows)[:, None, None]  # [t, beats, V]
         v = np.where(allowed, v, LOWEST)
         write = self._store(self._source(values), span, v)
         ceiling = np.clip(np.ceil(v.max((-2, -1))), -16384, 16383).astype(np.int64)
@@ -216,7 +230,7 @@ class VectorUnit:
         return [write, Write("state", index.ravel())]
 
     def _vprob(self, values: dict[str, int], span: Nest) -> list[Write]:
-        state, index = self.state, self._states(values)
+        state, index = self.state, self._states(span)
         exponent = self.value_exponent()
         if span.shape[0] > exponent.shape[0] or span.shape[-1] * self.state.config.vector_lanes != exponent.shape[1]:
             raise ProgramError(f"vprob of {span.shape[0]} heads x {span.shape[-1]} beats does not fit the KV tile "
@@ -228,19 +242,19 @@ class VectorUnit:
         kept = np.where(alpha == ALPHA_DROP, 0, state.total[index] >> np.minimum(alpha, 63))
         state.total[index] = kept + term.sum((-2, -1))
         shift = exponent[: span.shape[0]].reshape(-1, 1, 1, span.shape[-1], p.shape[-1]) - 25
-        return [self._align(values, span, scale2(p, shift), 12), Write("state", index.ravel())]
+        return [self._align(values, span, scale2(p, shift)), Write("state", index.ravel())]
 
     def _vmerge(self, values: dict[str, int], span: Nest) -> list[Write]:
-        alpha = self.state.alpha[self._states(values)][..., None, None]
+        alpha = self.state.alpha[self._states(span)][..., None, None]
         y, source = self._stream(span), self._source(values)
         kept = scale2(self._load(source, span), -alpha)
         return [self._store(source, span, np.where(alpha == ALPHA_DROP, y, add(y, kept)))]
 
     def _vscale(self, values: dict[str, int], span: Nest) -> list[Write]:
-        return [self._align(values, span, self._scaled(self._load(self._source(values), span), values))]
+        return [self._align(values, span, self._scaled(self._load(self._source(values), span), values, span))]
 
     def _vlogits(self, values: dict[str, int], span: Nest) -> list[Write]:
-        v = self._scaled(self._stream(span), values, first=values["x"])
+        v = self._scaled(self._stream(span), values, span, first=values["x"])
         self.logits.put(v.astype(np.float32))
         candidates = v[-1, -1, -1].ravel()[: max(values["imm"], 0)]
         best = int(candidates.argmax()) if len(candidates) else 0

@@ -143,7 +143,7 @@ class _Emitter:
         self._matmul(name + "q", _R.MX, "mx", plan.hidden, plan.q_width)
         emit("vrope", reads=_R.ROPE, writes=_R.MQ, imm=vector_imm(0, self._beat("mq")),
              **self._rows(plan.q_width) | {"vector": head}, **rope, wrap=head, scale=RowScale.RSQRT,
-             dest=Destination.MBUF12)
+             dest=Destination.MBUF)
         self._attention_tiles(layer)
         self.build.at(layer, "attention", name + "o")
         emit("vscale", reads=_R.OUT, writes=_R.MO, imm=vector_imm(on_chip["out"], self._beat("mo")),

@@ -1,14 +1,15 @@
 """Number formats of the overlay: widths and binary points, named once. `docs/numerics.md` defines the arithmetic."""
 
 __all__ = [
-    "ACC_BITS", "ALPHA_DROP", "CODE_BITS", "KV_BITS", "LOWEST", "MANTISSA_BITS", "MAXIMUM_INIT", "PROB_FRACTION",
+    "ACC_BITS", "ALPHA_DROP", "CODE_BITS", "KV_BITS", "KV_FRACTION", "LOWEST", "MANTISSA_BITS", "MAXIMUM_INIT", "PROB_FRACTION",
     "STATE_BITS", "SUM_BITS", "SUM_FRACTION", "fp32_bits",
 ]
 
 import struct
 
-MANTISSA_BITS = 16  #: signed mantissa of an aligned activation (weights follow)
-KV_BITS = 12  #: signed mantissa of aligned K, V, queries and probabilities
+MANTISSA_BITS = 16  #: signed mantissa of an aligned activation
+KV_BITS = 12  #: signed mantissa of aligned K and V
+KV_FRACTION = 6  #: bits below the unit of a dot product with K or V in an accumulator
 CODE_BITS = 4  #: weight code in the array
 ACC_BITS = 48  #: accumulator
 SUM_BITS = 64  #: sum of squares, unsigned, saturating at 2^63 - 1

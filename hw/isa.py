@@ -131,9 +131,8 @@ class RowScale(IntEnum):
 class Destination(IntEnum):
     """Where VROPE writes its rows."""
 
-    MBUF16 = 0  #: aligned, 16-bit mantissas (weights follow)
-    MBUF12 = 1  #: aligned, 12-bit mantissas (KV follows)
-    KVOUT = 2  #: FP16
+    MBUF = 0  #: aligned
+    KVOUT = 1  #: FP16
 
 
 @dataclass(frozen=True)
@@ -308,7 +307,7 @@ INSTRUCTIONS = (
             "s = stream, or lowest if n*columns + column > x + t; abuf[src+off] = s; m' = max(m, ceil(max s)); "
             "alpha = m' - m; state index (h*groups + g)*tokens + t", x="last column allowed for t = 0"),
     _vector("vprob", 0x36, "Probabilities of one KV tile, running sum.",
-            "p = exp2(abuf[src+off] - m); l = (l >> alpha) + sum p; mbuf[dst+off] = align12(p * 2^(V exponent - 25))"),
+            "p = exp2(abuf[src+off] - m); l = (l >> alpha) + sum p; mbuf[dst+off] = align(p * 2^(V exponent - 25))"),
     _vector("vmerge", 0x37, "Add P V to the running attention output.",
             "abuf[src+off] = stream + (alpha == 127 ? 0 : abuf[src+off] * 2^-alpha)"),
     _vector("vscale", 0x38, "Scale rows of the activation buffer and align them.",

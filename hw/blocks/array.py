@@ -33,7 +33,6 @@ def RowControl(config):
         "first": 1,  # first k: the old accumulator is not added
         "offset": 1,  # codes are stored minus 8
         "minimum": 1,  # add minimum * S
-        "narrow": 1,  # KV: only the low 12 bits of the mantissas count
         "last": 1,  # last row of a column tile: it may drain
     })
 
@@ -79,8 +78,7 @@ class Column(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         config = self.config
-        # Either 4-bit codes meet 16-bit mantissas or 12-bit codes meet 12-bit mantissas, never the long ones of both.
-        dot_bits = max(MANTISSA_BITS + CODE_BITS, 2 * KV_BITS) + (config.block - 1).bit_length() + 1
+        dot_bits = MANTISSA_BITS + KV_BITS - 1 + (config.block - 1).bit_length()  # no operand is its type's minimum
         terms = []
         for b in range(config.blocks):
             lanes = range(b * config.block, (b + 1) * config.block)
@@ -173,7 +171,7 @@ class PeArray(wiring.Component):
         for k in range(config.lanes):
             mantissa = Signal(_WORD, name=f"mantissa{k:02}")
             wide = self.row.mantissa[k]
-            m.d.comb += mantissa.eq(Mux(self.control.narrow, wide[:KV_BITS].as_signed(), wide))
+            m.d.comb += mantissa.eq(wide)
             mantissas.append(mantissa)
 
         weights = self._tile(m)

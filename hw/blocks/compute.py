@@ -1,4 +1,4 @@
-"""Compute unit: runs MATMUL on the PE array.
+"""Compute unit: runs MATMUL on the PE array, and DROPW.
 
 Three parts work at the same time: `TileFeed` turns the weight stream or KV tiles into tile registers and scales, the
 sequencer walks the rows (h, n, k, g, t) and issues one MBUF row a cycle, the drain delivers finished accumulator rows
@@ -14,17 +14,18 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from .. import isa
-from ..formats import ACC_BITS, CODE_BITS
+from ..formats import ACC_BITS, CODE_BITS, KV_FRACTION
 from ..isa import MatmulMode
 from .array import PeArray, RowControl, Scale, tile_beats
 from .command import Command, fields
 from .half import half_parts
 from .kvbuf import KvRequest, KvTile
 from .mbuf import AlignedRow, MantissaBuffer
+from .rows import lowest
 
 __all__ = ["AccBeat", "ComputeUnit", "TileFeed"]
 
-_MATMUL = isa.OPCODES[0x20]
+_MATMUL, _DROPW = isa.OPCODES[0x20], isa.OPCODES[0x21]
 
 
 def AccBeat(config):
@@ -144,7 +145,7 @@ class TileFeed(wiring.Component):
                 high_plane = is_w8 & ~tile_plane
                 with m.If(self.use_first):
                     m.d.sync += [
-                        self.scale[n][b].significand.eq(Mux(is_kv, 1 << 10, sig)),
+                        self.scale[n][b].significand.eq(Mux(is_kv, 1 << KV_FRACTION, sig)),
                         self.scale[n][b].shift.eq(
                             Mux(is_kv, 0, self.scale_exponent - es - Mux(high_plane, CODE_BITS, 0))),
                         self.minimum[n][b].significand.eq(sig_minimum),
@@ -156,9 +157,13 @@ class TileFeed(wiring.Component):
 class ComputeUnit(wiring.Component):
     """MATMUL: tiles from the weight stream or the KV buffer, rows from MBUF, results to the vector unit.
 
+    Loop t takes the rows in the command's mask: those rows of MBUF, one accumulator row each, without gaps.
+    DROPW takes a superbeat of the weight stream in every cycle in which there is one, and two cycles more.
+
     Members
     -------
-    cmd : commands cleared of hazards; done pulses when the last MBUF row of one has been read
+    cmd : commands cleared of hazards; done pulses when the last MBUF row of one has been read,
+        or the last superbeat dropped
     weights : superbeats of the weight stream
     kv_request, kv_tile, kv_release : the KV buffer's read side; release after PV
     exponent_address, exponents : K exponents of one (slot, head), 5 bits per token of the tile, combinational
@@ -193,15 +198,20 @@ class ComputeUnit(wiring.Component):
         m.submodules.feed = feed = TileFeed(config=config)
         m.submodules.array = array = PeArray(config=config)
         wiring.connect(m, feed.kv, wiring.flipped(self.kv_tile))
-        wiring.connect(m, feed.weights, wiring.flipped(self.weights))
         m.d.comb += [
             mbuf.write_en.eq(self.write_en), mbuf.write_row.eq(self.write_row), mbuf.write_vector.eq(self.write_vector),
             mbuf.write_first.eq(self.write_first), mbuf.write_data.eq(self.write_data),
         ]
 
-        # The running command.
-        running = Signal()
-        rows = Signal(12)
+        # The running command. Superbeats that are dropped pass the feed by.
+        running, dropping = Signal(), Signal()
+        drop_left = Signal(fields(self.cmd.payload.body, _DROPW).count.shape())
+        drop = dropping & (drop_left != 0)
+        m.d.comb += [
+            feed.weights.payload.eq(self.weights.payload), feed.weights.valid.eq(self.weights.valid),
+            self.weights.ready.eq(feed.weights.ready | drop),
+        ]
+        mask = Signal(config.tokens)
         body = Signal(self.cmd.payload.body.shape())
         f = fields(body, _MATMUL)
         mode = Signal(MatmulMode)
@@ -212,24 +222,28 @@ class ComputeUnit(wiring.Component):
 
         # Sequencer (S0).
         h, n, k, plane = Signal(8), Signal(14), Signal(12), Signal()
-        g, t = Signal(8), Signal(12)
+        g, left = Signal(8), Signal(config.tokens)  # left: rows of this g from the current one on
         vector, vector_g, vector_h = Signal(16), Signal(16), Signal(16)
+        left_next, base_next, stride_next = Signal.like(left), Signal(16), Signal.like(f.row_stride)
+        _, rest = lowest(m, left, "row")
+        begin = Signal()  # of a MATMUL
+        taken = fields(self.cmd.payload.body, _MATMUL)
         acc_row, bank = Signal(range(config.acc_rows)), Signal()
         full, issue, tile_ready, banks_free = Signal(), Signal(), Signal(), Signal()
         last_t, last_g, last_k, last_n, last_h = Signal(), Signal(), Signal(), Signal(), Signal()
-        last_row, first_row, last_of_all = Signal(), Signal(), Signal()
+        first_t, last_row, first_row, last_of_all = Signal(), Signal(), Signal(), Signal()
         last_plane = (mode != MatmulMode.W8) | plane
         started, drained = Signal(), Signal()
         in_flight = Signal(2)
         m.d.comb += [
-            last_t.eq(t == rows - 1), last_g.eq(g == f.groups - 1), last_k.eq((k == f.k_tiles - 1) & last_plane),
+            last_t.eq(rest == 0), last_g.eq(g == f.groups - 1), last_k.eq((k == f.k_tiles - 1) & last_plane),
             last_n.eq(n == f.n_tiles - 1), last_h.eq(h == f.heads - 1),
-            last_row.eq(last_t & last_g), first_row.eq((t == 0) & (g == 0)),
+            last_row.eq(last_t & last_g), first_row.eq(first_t & (g == 0)),
             last_of_all.eq(last_row & last_k & last_n & last_h),
             tile_ready.eq(full | feed.arrived),
             banks_free.eq((in_flight < 2) | ~(first_row & (k == 0) & ~plane)),
             issue.eq(running & tile_ready & banks_free),
-            self.busy.eq(running | (in_flight != 0)),
+            self.busy.eq(running | dropping | (in_flight != 0)),
         ]
         m.d.comb += started.eq(issue & first_row & (k == 0) & ~plane)
         m.d.sync += in_flight.eq(in_flight + started - drained)
@@ -239,19 +253,31 @@ class ComputeUnit(wiring.Component):
             feed.scale_exponent.eq(f.scale_exponent),
         ]
         with m.If(issue):
-            m.d.sync += [t.eq(t + 1), vector.eq(vector + f.row_stride), acc_row.eq(acc_row + 1)]
+            m.d.sync += [first_t.eq(last_t), acc_row.eq(acc_row + 1)]
             with m.If(last_t):
-                m.d.sync += [t.eq(0), g.eq(g + 1), vector.eq(vector_g + f.group_stride),
-                             vector_g.eq(vector_g + f.group_stride)]
+                m.d.sync += g.eq(g + 1)
             with m.If(last_row):
-                m.d.sync += [g.eq(0), vector.eq(vector_h), vector_g.eq(vector_h), acc_row.eq(0), plane.eq(~last_plane)]
+                m.d.sync += [g.eq(0), acc_row.eq(0), plane.eq(~last_plane)]
                 with m.If(last_plane):
                     m.d.sync += k.eq(k + 1)
                 with m.If(last_k):
                     m.d.sync += [k.eq(0), n.eq(n + 1), bank.eq(~bank)]
                     with m.If(last_n):
-                        m.d.sync += [n.eq(0), h.eq(h + 1), vector.eq(vector_h + f.head_stride),
-                                     vector_g.eq(vector_h + f.head_stride), vector_h.eq(vector_h + f.head_stride)]
+                        m.d.sync += [n.eq(0), h.eq(h + 1), vector_h.eq(vector_h + f.head_stride)]
+        # Where the row after this one starts: its g and h, and as many row strides as its number.
+        m.d.comb += [left_next.eq(Mux(last_t, mask, rest)), base_next.eq(vector_g), stride_next.eq(f.row_stride)]
+        with m.If(last_t):
+            m.d.comb += base_next.eq(vector_g + f.group_stride)
+        with m.If(last_row):
+            m.d.comb += base_next.eq(vector_h)
+            with m.If(last_k & last_n):
+                m.d.comb += base_next.eq(vector_h + f.head_stride)
+        with m.If(begin):
+            m.d.comb += [left_next.eq(self.cmd.payload.mask), base_next.eq(self.cmd.payload.x),
+                         stride_next.eq(taken.row_stride)]
+        t_next, _ = lowest(m, left_next, "next")
+        with m.If(issue | begin):
+            m.d.sync += [left.eq(left_next), vector_g.eq(base_next), vector.eq(base_next + t_next * stride_next)]
 
         # S1: the row is in use.
         used, used_first, used_last = Signal(), Signal(), Signal()
@@ -260,13 +286,14 @@ class ComputeUnit(wiring.Component):
         m.d.comb += [
             mbuf.read_en.eq(issue | self.debug), mbuf.read_row.eq(Mux(self.debug, self.debug_row, vector + k)),
             self.debug_data.eq(mbuf.read_data.as_value()), mbuf.read_vector.eq(vector),
-            feed.use_first.eq(used_first), self.active.eq(used), self.done.eq(used_last),
+            feed.use_first.eq(used_first), self.active.eq(used),
+            self.done.eq(used_last | (dropping & ~drop)),
         ]
         with m.If(issue):
             m.d.sync += [
                 control.acc.eq(Cat(acc_row, bank)), control.first.eq((k == 0) & ~plane),
                 control.offset.eq((mode == MatmulMode.W4M) | ((mode == MatmulMode.W8) & plane)),
-                control.minimum.eq(mode == MatmulMode.W4M), control.narrow.eq(is_kv),
+                control.minimum.eq(mode == MatmulMode.W4M),
                 control.last.eq(last_row & last_k),
             ]
         m.d.comb += [array.row_en.eq(used), array.row.eq(mbuf.read_data), array.maximum.eq(mbuf.read_maximum),
@@ -296,17 +323,23 @@ class ComputeUnit(wiring.Component):
                         m.d.sync += requesting.eq(0)
 
         # Accepting a command: its drain part goes to a two-deep queue.
-        queue_space = Signal()
-        accept = Signal()
-        m.d.comb += [accept.eq(self.cmd.valid & ~running & queue_space & ~used), self.cmd.ready.eq(accept),
-                     feed.reset.eq(accept)]
-        with m.If(accept):
-            taken = fields(self.cmd.payload.body, _MATMUL)
-            base = self.cmd.payload.x[:16]
+        queue_space, accept, is_drop = Signal(), Signal(), Signal()
+        m.d.comb += [
+            is_drop.eq(self.cmd.payload.opcode == _DROPW.opcode),
+            accept.eq(self.cmd.valid & ~running & ~dropping & ~used & (queue_space | is_drop)),
+            self.cmd.ready.eq(accept), begin.eq(accept & ~is_drop), feed.reset.eq(begin),
+        ]
+        with m.If(drop & self.weights.valid):
+            m.d.sync += drop_left.eq(drop_left - 1)
+        with m.If(dropping & ~drop):
+            m.d.sync += dropping.eq(0)
+        with m.If(accept & is_drop):
+            m.d.sync += [dropping.eq(1), drop_left.eq(fields(self.cmd.payload.body, _DROPW).count)]
+        with m.If(begin):
             m.d.sync += [
-                running.eq(1), body.eq(self.cmd.payload.body), rows.eq(self.cmd.payload.rows),
-                h.eq(0), n.eq(0), k.eq(0), plane.eq(0), g.eq(0), t.eq(0), acc_row.eq(0),
-                vector.eq(base), vector_g.eq(base), vector_h.eq(base),
+                running.eq(1), body.eq(self.cmd.payload.body), mask.eq(self.cmd.payload.mask),
+                h.eq(0), n.eq(0), k.eq(0), plane.eq(0), g.eq(0), first_t.eq(1), acc_row.eq(0),
+                vector_h.eq(self.cmd.payload.x),
                 request_h.eq(0), request_n.eq(0), request_k.eq(0),
                 requesting.eq((taken.mode == MatmulMode.QK) | (taken.mode == MatmulMode.PV)),
             ]
@@ -320,22 +353,21 @@ class ComputeUnit(wiring.Component):
 
         # Drain.
         info_layout = data.StructLayout({
-            "rows": 12, "groups": 8, "heads": 8, "n_tiles": 14, "beats": 16, "mode": 3, "scale_exponent": signed(7)})
+            "mask": config.tokens, "groups": 8, "heads": 8, "n_tiles": 14, "beats": 16, "mode": 3, "scale_exponent": signed(7)})
         infos = [Signal(info_layout, name=f"info{i}") for i in range(2)]
         info_count = Signal(2)
         info_done = Signal()
         current = infos[0]
         incoming = Signal(info_layout)
-        taken = fields(self.cmd.payload.body, _MATMUL)
         m.d.comb += [
-            incoming.rows.eq(self.cmd.payload.rows), incoming.groups.eq(taken.groups), incoming.heads.eq(taken.heads),
+            incoming.mask.eq(self.cmd.payload.mask), incoming.groups.eq(taken.groups), incoming.heads.eq(taken.heads),
             incoming.n_tiles.eq(taken.n_tiles), incoming.beats.eq(taken.beats), incoming.mode.eq(taken.mode),
             incoming.scale_exponent.eq(taken.scale_exponent), queue_space.eq(info_count < 2),
         ]
-        m.d.sync += info_count.eq(info_count + accept - info_done)
+        m.d.sync += info_count.eq(info_count + begin - info_done)
         with m.If(info_done):
             m.d.sync += infos[0].eq(infos[1])
-        with m.If(accept):
+        with m.If(begin):
             with m.If((info_count - info_done) == 0):
                 m.d.sync += infos[0].eq(incoming)
             with m.Else():
@@ -346,7 +378,8 @@ class ComputeUnit(wiring.Component):
         m.d.comb += [keep.en.eq(used & control.first), keep.addr.eq(control.acc), keep.data.eq(mbuf.read_maximum)]
 
         ready_tiles = Signal(2)
-        dh, dn, dg, dt = Signal(8), Signal(14), Signal(8), Signal(12)
+        dh, dn, dg, passed = Signal(8), Signal(14), Signal(8), Signal(config.tokens)  # passed: rows of this dg
+        _, drain_rest = lowest(m, current.mask & ~passed, "drain")
         dc, beat = Signal(range(vectors)), Signal(16)
         beat_base = Signal(16)
         drain_row, drain_bank = Signal(range(config.acc_rows)), Signal()
@@ -365,7 +398,7 @@ class ComputeUnit(wiring.Component):
             m.d.sync += self.out.valid.eq(0)
         last_c, last_dt, last_dg, last_dn = Signal(), Signal(), Signal(), Signal()
         m.d.comb += [
-            last_c.eq((dc == vectors - 1) | (beat + 1 == current.beats)), last_dt.eq(dt == current.rows - 1),
+            last_c.eq((dc == vectors - 1) | (beat + 1 == current.beats)), last_dt.eq(drain_rest == 0),
             last_dg.eq(dg == current.groups - 1), last_dn.eq(dn == current.n_tiles - 1),
             drained.eq(advance & last_c & last_dt & last_dg),
             info_done.eq(drained & last_dn & (dh == current.heads - 1)),
@@ -395,9 +428,9 @@ class ComputeUnit(wiring.Component):
                 ]
             m.d.sync += dc.eq(dc + 1)
             with m.If(last_c):
-                m.d.sync += [dc.eq(0), dt.eq(dt + 1), drain_row.eq(drain_row + 1)]
+                m.d.sync += [dc.eq(0), passed.eq(~drain_rest), drain_row.eq(drain_row + 1)]
                 with m.If(last_dt):
-                    m.d.sync += [dt.eq(0), dg.eq(dg + 1)]
+                    m.d.sync += [passed.eq(0), dg.eq(dg + 1)]
             with m.If(drained):
                 m.d.sync += [dg.eq(0), drain_row.eq(0), drain_bank.eq(~drain_bank), dn.eq(dn + 1),
                              beat_base.eq(beat_base + vectors)]

@@ -8,11 +8,12 @@ the issue of a beat:
     T4  y, or x for instructions without stream;  y * row scale   (FpMul)
     T6  v;  v * table (C)  |  swap(v) * table (S)  |  gate * -log2e  |  gate * up   (two FpMul)
     T8  + x  |  + S term  |  - running maximum                (FpAdd)
-    T11 v;  v * gain, v * v  (FpMul)  |  exp2 (Exp2)
+    T11 v;  v * gain, v * v, v * router weights (FpMul)  |  exp2 (Exp2)
     T20 sigmoid of the gate done;  * gate * up                (the gain's FpMul)
 
 The pipeline empties between instructions, so no hazards exist inside it. Row scalars (1/rms, 1/sum) are computed once
-per row when its sum is complete, beside the pipeline. Arithmetic: `docs/numerics.md`, Vector operations.
+per row when its sum is complete, beside the pipeline; so are the routers' decisions. Loop t of all instructions takes
+the rows of the command's mask. Arithmetic: `docs/numerics.md`, Vector operations.
 """
 
 from amaranth import Array, Cat, Const, Module, Mux, Signal, signed
@@ -38,6 +39,7 @@ from .fp import FpAdd, FpMul, FromInt, scale2, wire
 from .functions import Exp2, Recip, Rsqrt, Sigmoid
 from .half import ToFixed, ToHalf
 from .mbuf import AlignedRow
+from .scores import RouterScores
 from .walker import LoopWalker, Nest
 
 __all__ = ["VectorUnit"]
@@ -56,7 +58,8 @@ class VectorUnit(wiring.Component):
     -------
     cmd, done, busy : as in every unit
     acc : AccBeat stream from the compute unit
-    load : (address, data) rows written into ABUF by the load unit
+    load : (address, data) rows written by the load unit: into ABUF, with address bit 15 into the router buffer
+    decided_attention, decided_mlp : bit t: the last score of row t was not negative; stable when ``done``
     write_* : MBUF's write port
     exponent_slot, exponent_head, exponents : V exponents of one (slot, head), 5 bits per token, combinational
     kvout_row, kvout_data : read port of KVOUT for the store unit, data one cycle later
@@ -74,6 +77,7 @@ class VectorUnit(wiring.Component):
             "cmd": In(stream.Signature(Command(config))), "done": Out(1), "busy": Out(1),
             "acc": In(stream.Signature(AccBeat(config))),
             "load": In(stream.Signature(data.StructLayout({"addr": 16, "data": 32 * v}))),
+            "decided_attention": Out(config.tokens), "decided_mlp": Out(config.tokens),
             "write_en": Out(1), "write_row": Out(rows), "write_vector": Out(rows), "write_first": Out(1),
             "write_data": Out(AlignedRow(config)),
             "exponent_slot": Out(1), "exponent_head": Out(8), "exponents": In(5 * config.tile_tokens),
@@ -93,7 +97,7 @@ class VectorUnit(wiring.Component):
         running, opcode = Signal(), Signal(8)
         src, dst, first_row, limit, imm = Signal(16), Signal(16), Signal(16), Signal(signed(16)), Signal(32)
         body = Signal(self.cmd.payload.body.shape())
-        rows = Signal(12)
+        mask = Signal(config.tokens)
         f = fields(body, _LAYOUT)
         op = {name: Signal(name=f"is_{name}") for name in (
             "vnorm", "vadd", "vrope", "vswiglu", "vscore", "vprob", "vmerge", "vscale", "vlogits")}
@@ -101,34 +105,35 @@ class VectorUnit(wiring.Component):
             m.d.comb += signal.eq(opcode == _OP[name])
         scale_on, rotate = Signal(), Signal()
         inv_n, eps = Signal(32), Signal(32)
+        bias = [Signal(signed(32), name=f"bias_{name}") for name in ("attention", "mlp")]
         to_abuf = op["vadd"] | op["vscore"] | op["vmerge"]
         to_kvout = op["vrope"] & (f.dest == Destination.KVOUT)
         to_mbuf = op["vnorm"] | op["vadd"] | op["vswiglu"] | op["vprob"] | op["vscale"] | (op["vrope"] & ~to_kvout)
-        narrow = op["vprob"] | (op["vrope"] & (f.dest == Destination.MBUF12))
         from_stream = ~(op["vnorm"] | op["vprob"] | op["vscale"])
         m.d.comb += [
             scale_on.eq((f.scale != RowScale.ONE) & ~(op["vnorm"] | op["vscore"] | op["vprob"] | op["vmerge"])),
             rotate.eq(op["vrope"] & (f.wrap != 0)),
             src.eq(imm[:16]), dst.eq(imm[16:]),
         ]
+        scores = (op["vnorm"] | op["vadd"]) & f.route
 
         vectors = config.columns // lanes
         nest, nest_out = Signal(Nest(config)), Signal(Nest(config))
         for target in (nest, nest_out):
             halve = op["vswiglu"] if target is nest_out else 0
             m.d.comb += [
-                target.heads.eq(f.heads), target.groups.eq(f.groups), target.rows.eq(rows),
+                target.heads.eq(f.heads), target.groups.eq(f.groups), target.mask.eq(mask),
                 target.beats.eq(f.beats >> halve), target.row_stride.eq(f.row_stride),
                 target.group_stride.eq(f.group_stride), target.head_stride.eq(f.head_stride), target.wrap.eq(f.wrap),
                 target.vector.eq(f.vector), target.table_stride.eq(f.table_stride),
                 target.per_tile.eq(Const(vectors) >> halve),
             ]
-        start = Signal()
-        walkers = {}
+        start, begin = Signal(), Signal()
+        m.d.sync += begin.eq(start)
 
         def walker(name, step, loops=nest):
-            m.submodules[f"walk_{name}"] = walkers[name] = unit = LoopWalker(config=config)
-            m.d.comb += [unit.nest.eq(loops), unit.start.eq(start), unit.step.eq(step)]
+            m.submodules[f"walk_{name}"] = unit = LoopWalker(config=config)
+            m.d.comb += [unit.nest.eq(loops), unit.start.eq(begin), unit.step.eq(step)]
             return unit
 
         # ---- issue ------------------------------------------------------------------------------------------------
@@ -138,7 +143,12 @@ class VectorUnit(wiring.Component):
         for i in range(_GATED):
             m.d.sync += valid[i + 1].eq(valid[i])
         issuing = Signal()
-        walk_issue = walker("issue", issue)
+        # The first beat may be issued before ``begin`` is over, so this walker starts with the command; it only counts.
+        m.submodules.walk_issue = walk_issue = LoopWalker(config=config)
+        m.d.comb += [
+            walk_issue.nest.eq(nest), walk_issue.start.eq(start), walk_issue.step.eq(issue),
+            walk_issue.nest.mask.eq(Mux(start, self.cmd.payload.mask, mask)),
+        ]
         logits_space = Signal()
         scalar_busy, tail_busy = Signal(), Signal()
         m.d.comb += [
@@ -156,14 +166,16 @@ class VectorUnit(wiring.Component):
         with m.If(start):
             m.d.sync += [
                 running.eq(1), opcode.eq(self.cmd.payload.opcode), imm.eq(self.cmd.payload.imm),
-                body.eq(self.cmd.payload.body), rows.eq(self.cmd.payload.rows), limit.eq(self.cmd.payload.x),
+                body.eq(self.cmd.payload.body), mask.eq(self.cmd.payload.mask), limit.eq(self.cmd.payload.x),
                 first_row.eq(self.cmd.payload.x), fresh_argmax.eq(1),
-                issuing.eq((self.cmd.payload.opcode != _OP["vset"]) & (self.cmd.payload.opcode != _OP["vinit"])),
+                issuing.eq(Cat(self.cmd.payload.opcode == _OP[name] for name in ("vset", "vinit", "vbias")) == 0),
             ]
         with m.Elif(running & idle):
             m.d.sync += running.eq(0)
             with m.If(opcode == _OP["vset"]):
                 m.d.sync += [inv_n.eq(imm), eps.eq(fields(body, isa.OPCODES[_OP["vset"]]).eps)]
+            with m.If(opcode == _OP["vbias"]):
+                m.d.sync += Cat(bias).eq(Cat(imm, fields(body, isa.OPCODES[_OP["vbias"]]).mlp))
             with m.If(op["vprob"]):
                 m.d.sync += self.exponent_slot.eq(~self.exponent_slot)
         m.d.comb += self.done.eq(running & idle & ~start)
@@ -330,6 +342,25 @@ class VectorUnit(wiring.Component):
         with m.If(total_new.en):
             m.d.sync += summed.bit_select(state, 1).eq(1)
 
+        # ---- router scores, beside the squares: products at T13, terms at T15, decisions at T17 --------------------
+        m.submodules.rbuf = rbuf = Memory(shape=data.ArrayLayout(data.ArrayLayout(16, 2), lanes),
+                                          depth=config.router_rows, init=[])
+        rbuf_read, rbuf_write = rbuf.read_port(), rbuf.write_port()
+        m.d.comb += [
+            rbuf_read.en.eq(valid[_V - 1] & scores), rbuf_read.addr.eq(first_row + walk_table.beat),
+            rbuf_write.en.eq(self.load.valid & self.load.ready & self.load.payload.addr[15]),
+            rbuf_write.addr.eq(self.load.payload.addr), rbuf_write.data.eq(self.load.payload.data),
+        ]
+        for module, decided in enumerate((self.decided_attention, self.decided_mlp)):
+            m.submodules[f"scores{module}"] = unit = RouterScores(config=config)
+            m.d.comb += [
+                unit.en.eq(Cat(valid[_V + i] & scores for i in range(RouterScores.latency))),
+                unit.row.eq(walk_sum.row), unit.first.eq(walk_sum.beat == 0), unit.last.eq(walk_sum.row_last),
+                unit.bias.eq(bias[module]), decided.eq(unit.decided),
+            ]
+            m.d.comb += [unit.v[i].eq(v[i]) for i in range(lanes)]
+            m.d.comb += [unit.weight[i].eq(rbuf_read.data[i][module]) for i in range(lanes)]
+
         # ---- scalars of finished rows: 1/rms in 13 cycles, 1/sum in 8 ------------------------------------------------
         scalar_in = Signal()
         scalar_depth = FromInt.latency + FpMul.latency + FpAdd.latency + Rsqrt.latency
@@ -464,7 +495,7 @@ class VectorUnit(wiring.Component):
         walk_abuf = walker("abuf", abuf_valid)
         m.d.comb += [
             self.load.ready.eq(~abuf_valid),
-            abuf_write.en.eq(abuf_valid | self.load.valid),
+            abuf_write.en.eq(abuf_valid | (self.load.valid & ~self.load.payload.addr[15])),
             abuf_write.addr.eq(Mux(abuf_valid, src + walk_abuf.offset, self.load.payload.addr)),
             abuf_write.data.eq(Mux(abuf_valid, Mux(op["vscore"], Cat(*score), Cat(*v)), self.load.payload.data)),
         ]
@@ -496,7 +527,7 @@ class VectorUnit(wiring.Component):
                 m.d.sync += targets[i + 1].eq(targets[i])
         for b in range(config.blocks):
             m.submodules[f"align{b}"] = align = BlockAlign(block=config.block)
-            m.d.comb += [align.en.eq(Cat(*aligning[:-1])), align.narrow.eq(narrow),
+            m.d.comb += [align.en.eq(Cat(*aligning[:-1])),
                          self.write_data.exponent[b].eq(align.e), self.write_data.sum[b].eq(align.s)]
             for k in range(config.block):
                 m.d.comb += [align.a[k].eq(gathered[b * config.block + k]),
@@ -539,7 +570,7 @@ class VectorUnit(wiring.Component):
         candidates = hold(t, logits_valid, "logit")
         beat7, counts7 = Signal(16), Signal()
         with m.If(logits_valid):
-            m.d.sync += [beat7.eq(walk_logits.beat), counts7.eq(walk_logits.row == rows - 1)]
+            m.d.sync += [beat7.eq(walk_logits.beat), counts7.eq(walk_logits.final_row)]
         logits7, logits8 = Signal(), Signal()
         best_index, best_key = Signal(range(max(lanes, 2))), Signal(signed(33))
         beat8 = Signal(16)

@@ -28,7 +28,7 @@ def rounded(value):
     return result if value > 0 else -result
 
 
-def block_by_text(values, bits):
+def block_by_text(values):
     """e, mantissas of a block of Fractions, word for word from the text."""
     magnitudes = [abs(v) for v in values]
     if not any(magnitudes):
@@ -36,7 +36,7 @@ def block_by_text(values, bits):
     top = max(magnitudes)
     e = top.numerator.bit_length() - top.denominator.bit_length()
     e -= Fraction(2) ** e > top
-    m = [min((v * Fraction(2) ** (bits - 2 - e) + Fraction(1, 2)).__floor__(), 2 ** (bits - 1) - 1) for v in magnitudes]
+    m = [min((v * Fraction(2) ** (14 - e) + Fraction(1, 2)).__floor__(), 32767) for v in magnitudes]
     return e, [-k if v < 0 else k for k, v in zip(m, values)]
 
 

@@ -46,13 +46,13 @@ def tile_words(limit):
 
 
 def attention_bench(seed, steep=1.0):
-    """Queries [t, h, g, dim] (aligned to 12 bits in MBUF), and keys, values of three tiles in memory."""
+    """Queries [t, h, g, dim] (aligned in MBUF), and keys, values of three tiles in memory."""
     bench, rng = Bench(), np.random.default_rng(seed)
     size = np.exp2(rng.integers(-3, 3, (2, 3 * TILE, HEADS, 1)))
     keys, values = rng.standard_normal((2, 3 * TILE, HEADS, DIM)) * size
     keys, values = keys.astype(np.float16), values.astype(np.float16)
     queries = steep * rng.standard_normal((TOKENS, HEADS, GROUPS, DIM)).astype(np.float32)
-    bench.fill_mbuf(MQ, queries, 12, vector=DIM // K)
+    bench.fill_mbuf(MQ, queries, vector=DIM // K)
     bench.machine.abuf[OUT : OUT + 100] = np.nan  # vmerge must not read it after vinit
     write_records(bench, keys, values)
     return bench, queries.astype(float), keys, values
@@ -79,7 +79,7 @@ def test_attention_is_a_softmax(length, order):
     p = np.exp2(scores - scores.max(-1, keepdims=True))
     want = np.einsum("thgn,nhd->thgd", p / p.sum(-1, keepdims=True), values.astype(float))
     got = bench.aligned(1000 * V // K, TOKENS * HEADS * GROUPS * DIM // K)[0].reshape(want.shape)
-    # 12-bit queries, keys, probabilities and values: a few parts in 2^11 of scores of up to about 2^6
+    # 12-bit keys and values: a few parts in 2^11 of scores of up to about 2^6
     assert np.abs(got - want).max() < 0.02 * np.abs(values).max()
     assert np.sqrt(np.square(got - want).mean() / np.square(want).mean()) < 0.01
     assert not bench.machine._matrix.tiles
@@ -98,7 +98,7 @@ def dot_by_text(bench, row, rows, tile):
     e = bench.machine.mbuf_exponents[row : row + rows].ravel().tolist()
     m = bench.machine.mbuf[row : row + rows].ravel().tolist()
     block, emax = CONFIG.block, max(e)
-    return [sum(sum(x * y for x, y in zip(m[b * block : (b + 1) * block], column[b * block : (b + 1) * block])) * 1024
+    return [sum(sum(x * y for x, y in zip(m[b * block : (b + 1) * block], column[b * block : (b + 1) * block])) * 64
                 >> min(emax - eb, 63) for b, eb in enumerate(e)) for column in tile], emax
 
 

@@ -30,7 +30,7 @@ def contribution(mode, codes, row, gap, scale, minimum, scale_exponent, plane=0)
     dots = (codes.astype(np.int64) * row).reshape(len(codes), blocks, -1).sum(-1).T  # [blocks, columns]
     sums = row.reshape(blocks, -1).sum(-1)[:, None]
     if mode in (MatmulMode.QK, MatmulMode.PV):
-        return ((dots * 1024) >> np.minimum(gap, NEVER)[:, None]).sum(0)
+        return ((dots * 64) >> np.minimum(gap, NEVER)[:, None]).sum(0)
     if mode == MatmulMode.W4M or (mode == MatmulMode.W8 and plane):
         dots = dots + 8 * sums
     significand, es = half(scale)
@@ -42,9 +42,9 @@ def contribution(mode, codes, row, gap, scale, minimum, scale_exponent, plane=0)
     return total.sum(0)
 
 
-def make_rows(rng, config, vectors, rows, *, bits=16, spread=None):
+def make_rows(rng, config, vectors, rows, *, spread=None):
     """Aligned vectors: mantissas int64 [vectors, rows, lanes], exponents [vectors, rows, blocks]."""
-    limit = (1 << (bits - 1)) - 1
+    limit = 32767
     mantissas = rng.integers(-limit, limit + 1, (vectors, rows, config.lanes))
     small = rng.random((vectors, rows, 1)) < 0.3
     mantissas = np.where(small, rng.integers(-3, 4, mantissas.shape), mantissas)
@@ -81,7 +81,7 @@ class Matmul:
         self.planes = 2 if self.mode == MatmulMode.W8 else 1
         n_tiles, k_tiles = fields["n_tiles"], fields["k_tiles"]
         vectors = heads * groups * count
-        self.mantissas, self.exponents = make_rows(rng, config, vectors, k_tiles, bits=12 if self.is_kv else 16)
+        self.mantissas, self.exponents = make_rows(rng, config, vectors, k_tiles)
         h, g, t = np.unravel_index(np.arange(vectors), (heads, groups, count))
         starts = fields["x"] + t * fields["row_stride"] + g * fields["group_stride"] + h * fields["head_stride"]
         for vector, start in enumerate(starts.tolist()):

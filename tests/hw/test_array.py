@@ -31,9 +31,9 @@ def make_tile(rng, config, kind):
     if kind == "codes":
         offset, use_minimum = (int(bit) for bit in rng.integers(0, 2, 2))
         return SimpleNamespace(kind=kind, codes=codes, scale=scale(), minimum=scale(), offset=offset,
-                               use_minimum=use_minimum, narrow=0)
-    unit = np.full(blocks, 1024), np.zeros(blocks, int)
-    return SimpleNamespace(kind=kind, codes=codes, scale=unit, minimum=scale(), offset=0, use_minimum=0, narrow=1)
+                               use_minimum=use_minimum)
+    unit = np.full(blocks, 64), np.zeros(blocks, int)
+    return SimpleNamespace(kind=kind, codes=codes, scale=unit, minimum=scale(), offset=0, use_minimum=0)
 
 
 def make_row(rng, config):
@@ -51,10 +51,7 @@ def make_row(rng, config):
 
 def contribution(config, tile, row):
     """What one row adds to each column, int64 [columns]."""
-    mantissas = row.mantissas
-    if tile.narrow:
-        mantissas = (mantissas + 2048) % 4096 - 2048
-    dots = (tile.codes * mantissas).reshape(config.columns, config.blocks, -1).sum(-1)
+    dots = (tile.codes * row.mantissas).reshape(config.columns, config.blocks, -1).sum(-1)
     gap = row.maximum - row.exponents
     significand, shift = tile.scale
     total = ((dots + 8 * tile.offset * row.sums) * significand) >> np.minimum(gap + shift, SHIFT_LIMIT)
@@ -100,8 +97,7 @@ class ArrayBench:
                                                  "sum": row.sums.tolist()})
             dut.maximum.value = row.maximum
             dut.control.value = pack(RowControl(config), {
-                "acc": acc, "first": first, "offset": tile.offset, "minimum": tile.use_minimum, "narrow": tile.narrow,
-                "last": last})
+                "acc": acc, "first": first, "offset": tile.offset, "minimum": tile.use_minimum, "last": last})
             value = contribution(config, tile, row)
             self.acc[acc] = value if first else self.acc[acc] + value
         else:
@@ -214,10 +210,9 @@ async def column_sums_its_blocks(dut, seed):
         tile, row = make_tile(rng, config, ("codes", "keys")[number % 2]), make_row(rng, config)
         want = int(contribution(config, tile, row)[0])
         acc = acc + want if number % 3 else want
-        mantissas = (row.mantissas + 2048) % 4096 - 2048 if tile.narrow else row.mantissas
         for k in range(config.lanes):
             getattr(dut, f"weight__{k}").value = int(tile.codes[0, k]) & 0xFFFFFFFF
-            getattr(dut, f"mantissa__{k}").value = int(mantissas[k]) & 0xFFFFFFFF
+            getattr(dut, f"mantissa__{k}").value = int(row.mantissas[k]) & 0xFFFFFFFF
         for b in range(config.blocks):
             getattr(dut, f"sum__{b}").value = int(row.sums[b])
             getattr(dut, f"exponent_gap__{b}").value = min(int(row.maximum - row.exponents[b]), SHIFT_LIMIT)

@@ -141,7 +141,7 @@ async def softmax_over_tiles(dut, stall, seed):
         wrap = PER_ROW * int(rng.integers(1, 3))
         for mnemonic in ("vscale", "vrope"):
             await machine.run(instruction(rng, mnemonic, shape=(1, 1, shape[2]), beats=states * wrap, wrap=wrap,
-                                          scale=int(RowScale.RECIPROCAL), dest=int(Destination.MBUF16)))
+                                          scale=int(RowScale.RECIPROCAL), dest=int(Destination.MBUF)))
 
 
 @bench()
