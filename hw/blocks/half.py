@@ -7,7 +7,7 @@ from amaranth.lib.wiring import In, Out
 
 from .fp import fields_model, wire
 
-__all__ = ["HALF_LARGEST", "ToFixed", "ToHalf", "half_parts", "half_parts_model"]
+__all__ = ["HALF_LARGEST", "ToFixed", "ToHalf", "half_parts", "half_parts_model", "widen", "widen_model"]
 
 HALF_LARGEST = 0x7BFF
 """Bits of 65504, the largest FP16 number."""
@@ -29,6 +29,18 @@ def half_parts_model(bits):
     field = (bits >> 10) & 31
     magnitude = (bits & 1023) | np.where(field > 0, 1024, 0)
     return np.where(bits >> 15, -magnitude, magnitude), np.maximum(field, 1)
+
+
+def widen(bits):
+    """FP32 bits of a 16-bit FP16 value, combinational. Exponent field 0 is zero, 31 an ordinary exponent."""
+    return Mux(bits[10:15].any(), Cat(Const(0, 13), bits[:10], bits[10:15] + Const(112, 7), bits[15]), 0)
+
+
+def widen_model(bits):
+    """``widen`` on arrays."""
+    bits = np.asarray(bits).astype(np.int64)
+    field = (bits >> 10) & 31
+    return np.where(field, bits >> 15 << 31 | field + 112 << 23 | (bits & 1023) << 13, 0).astype(np.uint32)
 
 
 class ToHalf(wiring.Component):

@@ -115,7 +115,7 @@ class VectorUnit(wiring.Component):
             rotate.eq(op["vrope"] & (f.wrap != 0)),
             src.eq(imm[:16]), dst.eq(imm[16:]),
         ]
-        scores = (op["vnorm"] | op["vadd"]) & f.route
+        scoring = wire(m, (op["vnorm"] | op["vadd"]) & f.route, "scoring")
 
         vectors = config.columns // lanes
         nest, nest_out = Signal(Nest(config)), Signal(Nest(config))
@@ -347,14 +347,14 @@ class VectorUnit(wiring.Component):
                                           depth=config.router_rows, init=[])
         rbuf_read, rbuf_write = rbuf.read_port(), rbuf.write_port()
         m.d.comb += [
-            rbuf_read.en.eq(valid[_V - 1] & scores), rbuf_read.addr.eq(first_row + walk_table.beat),
+            rbuf_read.en.eq(valid[_V - 1] & scoring), rbuf_read.addr.eq(first_row + walk_table.beat),
             rbuf_write.en.eq(self.load.valid & self.load.ready & self.load.payload.addr[15]),
             rbuf_write.addr.eq(self.load.payload.addr), rbuf_write.data.eq(self.load.payload.data),
         ]
         for module, decided in enumerate((self.decided_attention, self.decided_mlp)):
             m.submodules[f"scores{module}"] = unit = RouterScores(config=config)
             m.d.comb += [
-                unit.en.eq(Cat(valid[_V + i] & scores for i in range(RouterScores.latency))),
+                unit.en.eq(Cat(valid[_V + i] & scoring for i in range(RouterScores.latency))),
                 unit.row.eq(walk_sum.row), unit.first.eq(walk_sum.beat == 0), unit.last.eq(walk_sum.row_last),
                 unit.bias.eq(bias[module]), decided.eq(unit.decided),
             ]

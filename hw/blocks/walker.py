@@ -7,14 +7,20 @@ from amaranth import Module, Mux, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.wiring import In, Out
 
+from .fp import wire
+from .rows import lowest
+
 __all__ = ["LoopWalker", "Nest"]
 
 
 def Nest(config):
-    """Loop bounds and strides of one vector instruction (fields of `hw.isa`), in beats of V elements."""
+    """Loop bounds and strides of one vector instruction (fields of `hw.isa`), in beats of V elements.
+
+    mask : the rows of loop t, at least one
+    """
     return data.StructLayout({
-        "heads": 8, "groups": 8, "rows": 12, "beats": 16, "row_stride": 14, "group_stride": 14, "head_stride": 16,
-        "wrap": 12, "vector": 16, "table_stride": 10,
+        "heads": 8, "groups": 8, "mask": config.tokens, "beats": 16, "row_stride": 14, "group_stride": 14,
+        "head_stride": 16, "wrap": 12, "vector": 16, "table_stride": 10,
         "per_tile": range(config.columns // config.vector_lanes + 1),  # beats of one row in one column tile
     })
 
@@ -22,20 +28,23 @@ def Nest(config):
 class LoopWalker(wiring.Component):
     """Walks h, n, g, t, c. Outputs describe the beat that comes next; `step` moves on, `start` begins anew.
 
+    Loop t takes the rows of ``nest.mask``, lowest first; the mask and the strides of t count from `start` on, the rest
+    of the nest only from the cycle after it.
+
     offset : t*row_stride + g*group_stride + h*head_stride + beat
     beat : n*per_tile + c; row : t; state : (h*groups + g)*tokens + t
     table : t*table_stride + beat mod wrap; turn : beat div wrap; place : beat mod vector
-    row_last : last beat of row t; last : last beat of all
+    row_last : last beat of row t; final_row : t is the highest row of the mask; last : last beat of all
     """
 
     def __init__(self, *, config):
         self.config = config
         super().__init__({
             "nest": In(Nest(config)), "start": In(1), "step": In(1),
-            "offset": Out(16), "beat": Out(16), "row": Out(12), "head": Out(8), "column": Out(range(
+            "offset": Out(16), "beat": Out(16), "row": Out(range(config.tokens)), "head": Out(8), "column": Out(range(
                 config.columns // config.vector_lanes)),
             "state": Out(range(config.state_rows)), "table": Out(16), "turn": Out(10), "place": Out(16),
-            "row_last": Out(1), "last": Out(1),
+            "row_last": Out(1), "final_row": Out(1), "last": Out(1),
         })
 
     def elaborate(self, platform):
@@ -52,12 +61,16 @@ class LoopWalker(wiring.Component):
             self.table.eq(table_t + inside), self.state.eq(state_g + self.row),
             self.row_last.eq(self.beat == nest.beats - 1),
         ]
-        tile_last, last_t, last_g, last_h = Signal(), Signal(), Signal(), Signal()
+        rest = Signal(config.tokens)  # rows after this one
+        tile_last, last_t, last_g, last_h = Signal(), self.final_row, Signal(), Signal()
         m.d.comb += [
-            tile_last.eq(self.row_last | (c == nest.per_tile - 1)), last_t.eq(self.row == nest.rows - 1),
+            tile_last.eq(self.row_last | (c == nest.per_tile - 1)), last_t.eq(rest == 0),
             last_g.eq(g == nest.groups - 1), last_h.eq(self.head == nest.heads - 1),
             self.last.eq(self.row_last & last_t & last_g & last_h),
         ]
+        next_row, next_rest = lowest(m, Mux(self.start | last_t, nest.mask, rest))
+        row_offset = wire(m, (next_row * nest.row_stride)[:16], "row_offset")
+        row_table = (next_row * nest.table_stride)[:16]
         inside_next, turn_next, place_next = Signal(12), Signal(10), Signal(16)
         wraps = inside + 1 == nest.wrap
         m.d.comb += [
@@ -65,33 +78,36 @@ class LoopWalker(wiring.Component):
             place_next.eq(Mux(self.place + 1 == nest.vector, 0, self.place + 1)),
         ]
         with m.If(self.start):
-            for signal in (g, c, base, offset_t, offset_g, offset_h, state_g, table_t, inside, inside_tile, turn_tile,
-                           place_tile, self.row, self.head, self.turn, self.place):
+            for signal in (g, c, base, offset_g, offset_h, state_g, inside, inside_tile, turn_tile, place_tile,
+                           self.head, self.turn, self.place):
                 m.d.sync += signal.eq(0)
+            m.d.sync += [self.row.eq(next_row), rest.eq(next_rest), offset_t.eq(row_offset), table_t.eq(row_table)]
         with m.Elif(self.step):
             m.d.sync += [c.eq(c + 1), inside.eq(inside_next), self.turn.eq(turn_next), self.place.eq(place_next)]
             with m.If(tile_last):
                 # Next row of the same column tile: back to where the tile began.
                 m.d.sync += [
                     c.eq(0), inside.eq(inside_tile), self.turn.eq(turn_tile), self.place.eq(place_tile),
-                    self.row.eq(self.row + 1), offset_t.eq(offset_t + nest.row_stride),
-                    table_t.eq(table_t + nest.table_stride),
+                    self.row.eq(next_row), rest.eq(next_rest), offset_t.eq(offset_g + row_offset),
+                    table_t.eq(row_table),
                 ]
                 with m.If(last_t):
                     m.d.sync += [
-                        self.row.eq(0), table_t.eq(0), g.eq(g + 1), offset_t.eq(offset_g + nest.group_stride),
+                        g.eq(g + 1), offset_t.eq(offset_g + nest.group_stride + row_offset),
                         offset_g.eq(offset_g + nest.group_stride), state_g.eq(state_g + config.tokens),
                     ]
                     with m.If(last_g):
                         # Next column tile of this head, or the next head.
                         m.d.sync += [
-                            g.eq(0), offset_t.eq(offset_h), offset_g.eq(offset_h), base.eq(base + nest.per_tile),
+                            g.eq(0), offset_t.eq(offset_h + row_offset), offset_g.eq(offset_h),
+                            base.eq(base + nest.per_tile),
                             inside.eq(inside_next), inside_tile.eq(inside_next), self.turn.eq(turn_next),
                             turn_tile.eq(turn_next), self.place.eq(place_next), place_tile.eq(place_next),
                         ]
                         with m.If(self.row_last):
                             m.d.sync += [
-                                base.eq(0), self.head.eq(self.head + 1), offset_t.eq(offset_h + nest.head_stride),
+                                base.eq(0), self.head.eq(self.head + 1),
+                                offset_t.eq(offset_h + nest.head_stride + row_offset),
                                 offset_g.eq(offset_h + nest.head_stride), offset_h.eq(offset_h + nest.head_stride),
                                 inside.eq(0), inside_tile.eq(0), self.turn.eq(0), turn_tile.eq(0), self.place.eq(0),
                                 place_tile.eq(0),

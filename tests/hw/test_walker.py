@@ -11,10 +11,10 @@ from skipopu.sim.bench import Stall, bench, pack, run_bench
 TINY = preset("tiny")
 VECTORS = TINY.columns // TINY.vector_lanes
 
-Beat = namedtuple("Beat", "offset beat row head column state table turn place row_last last")
+Beat = namedtuple("Beat", "offset beat row head column state table turn place row_last final_row last")
 
 
-def loops(heads=1, groups=1, rows=1, beats=1, row_stride=0, group_stride=0, head_stride=0, wrap=0, vector=1,
+def loops(heads=1, groups=1, mask=1, beats=1, row_stride=0, group_stride=0, head_stride=0, wrap=0, vector=1,
           table_stride=0, per_tile=VECTORS):
     """One nest, as the fields of the port."""
     return locals()
@@ -22,8 +22,9 @@ def loops(heads=1, groups=1, rows=1, beats=1, row_stride=0, group_stride=0, head
 
 def walk(nest):
     """Every Beat of a nest, from five loops."""
+    rows = [t for t in range(TINY.tokens) if nest["mask"] >> t & 1]
     order = [(h, n, g, t, c) for h in range(nest["heads"]) for n in range(-(-nest["beats"] // nest["per_tile"]))
-             for g in range(nest["groups"]) for t in range(nest["rows"]) for c in range(nest["per_tile"])
+             for g in range(nest["groups"]) for t in rows for c in range(nest["per_tile"])
              if n * nest["per_tile"] + c < nest["beats"]]
     for h, n, g, t, c in order:
         beat = n * nest["per_tile"] + c
@@ -32,31 +33,34 @@ def walk(nest):
         yield Beat(offset=offset % 2**16, beat=beat, row=t, head=h, column=c,
                    state=(h * nest["groups"] + g) * TINY.tokens + t, table=t * nest["table_stride"] + inside,
                    turn=turn, place=beat % nest["vector"], row_last=int(beat == nest["beats"] - 1),
-                   last=int((h, n, g, t, c) == order[-1]))
+                   final_row=int(t == rows[-1]), last=int((h, n, g, t, c) == order[-1]))
 
 
 CORNERS = [
     loops(),
-    loops(rows=4, row_stride=1),
+    loops(mask=15, row_stride=1),
     loops(groups=5, group_stride=3),
     loops(heads=6, head_stride=1000),
     loops(beats=VECTORS), loops(beats=VECTORS - 1), loops(beats=VECTORS + 1), loops(beats=5 * VECTORS),
-    loops(heads=2, groups=3, rows=2, beats=2 * VECTORS + 1, row_stride=9, group_stride=18, head_stride=54, vector=9),
-    loops(heads=3, rows=2, beats=10, wrap=1, table_stride=7),  # every beat wraps
-    loops(rows=3, beats=3 * VECTORS, wrap=2 * VECTORS, table_stride=20, vector=VECTORS),
-    loops(rows=3, beats=11, wrap=11, vector=11, table_stride=1),  # wraps once, at the end
-    loops(rows=2, beats=9, wrap=4095, vector=65535, table_stride=1023),
-    loops(heads=2, groups=2, rows=2, beats=6, per_tile=1, vector=2, wrap=3),
-    loops(heads=2, groups=2, rows=4, beats=7, per_tile=VECTORS // 2, vector=6, wrap=5),  # as VSWIGLU's output
-    loops(rows=2, beats=4, row_stride=2**14 - 1, group_stride=2**14 - 1, head_stride=2**16 - 1, heads=3, groups=2),
-    loops(heads=TINY.state_rows // TINY.tokens, rows=TINY.tokens),  # every softmax state
+    loops(heads=2, groups=3, mask=3, beats=2 * VECTORS + 1, row_stride=9, group_stride=18, head_stride=54, vector=9),
+    loops(heads=3, mask=3, beats=10, wrap=1, table_stride=7),  # every beat wraps
+    loops(mask=7, beats=3 * VECTORS, wrap=2 * VECTORS, table_stride=20, vector=VECTORS),
+    loops(mask=7, beats=11, wrap=11, vector=11, table_stride=1),  # wraps once, at the end
+    loops(mask=3, beats=9, wrap=4095, vector=65535, table_stride=1023),
+    loops(heads=2, groups=2, mask=3, beats=6, per_tile=1, vector=2, wrap=3),
+    loops(heads=2, groups=2, mask=15, beats=7, per_tile=VECTORS // 2, vector=6, wrap=5),  # as VSWIGLU's output
+    loops(mask=3, beats=4, row_stride=2**14 - 1, group_stride=2**14 - 1, head_stride=2**16 - 1, heads=3, groups=2),
+    loops(heads=TINY.state_rows // TINY.tokens, mask=(1 << TINY.tokens) - 1),  # every softmax state
+    *(loops(heads=2, groups=2, mask=mask, beats=VECTORS + 1, row_stride=9, group_stride=100, head_stride=1000,
+            table_stride=7) for mask in range(2, 1 << TINY.tokens)),
+    loops(mask=8, groups=3, row_stride=2**14 - 1, table_stride=2**10 - 1, group_stride=1),
 ]
 
 
 def random_nest(generator):
     heads, groups = generator.randint(1, 3), generator.randint(1, 4)
     return loops(
-        heads=heads, groups=groups, rows=generator.randint(1, TINY.tokens), beats=generator.randint(1, 14),
+        heads=heads, groups=groups, mask=generator.randrange(1, 1 << TINY.tokens), beats=generator.randint(1, 14),
         row_stride=generator.randrange(2**14), group_stride=generator.randrange(2**14),
         head_stride=generator.randrange(2**16), wrap=generator.randint(0, 9), vector=generator.randint(1, 9),
         table_stride=generator.randrange(2**10), per_tile=generator.choice([1, VECTORS // 2, VECTORS]))
