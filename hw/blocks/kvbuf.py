@@ -15,7 +15,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..formats import KV_BITS
 
-__all__ = ["KvBuffer", "KvRequest", "KvTile", "KvWrite"]
+__all__ = ["KvBuffer", "KvLargest", "KvRequest", "KvShift", "KvTile", "KvWrite"]
 
 _SIGNIFICAND = 11  #: bits of an FP16 significand with its hidden bit
 _ES = 5  #: bits of an exponent
@@ -35,6 +35,71 @@ def KvTile(config):
     """One superbeat of mantissas, index p*E + e: element e of the beat of port p; ``last`` ends the array tile."""
     elements = config.ports * config.beat_elements
     return data.StructLayout({"data": data.ArrayLayout(signed(KV_BITS), elements), "last": 1})
+
+
+class KvLargest(wiring.Component):
+    """Largest exponent field of the FP16 elements of a port beat.
+
+    Members
+    -------
+    beat : In(16 per element); en : In(latency), register enables; o : Out(5), ``latency`` cycles later
+    """
+
+    def __init__(self, *, elements):
+        self._elements = elements
+        super().__init__({"beat": In(16 * elements), "en": In(self.latency), "o": Out(_ES)})
+
+    @property
+    def latency(self):
+        """Stages of two comparisons each."""
+        return (self._elements.bit_length() - 1 + 1) // 2
+
+    def elaborate(self, platform):
+        m = Module()
+        level = [self.beat[at:at + _ES] for at in range(10, 16 * self._elements, 16)]
+        for enable in self.en:
+            groups = [level[i:i + 4] for i in range(0, len(level), 4)]
+            level = [Signal(_ES, name=f"largest{len(groups)}_{i}") for i in range(len(groups))]
+            with m.If(enable):
+                m.d.sync += [out.eq(_maximum(group)) for group, out in zip(groups, level)]
+        m.d.comb += self.o.eq(level[0])
+        return m
+
+
+class KvShift(wiring.Component):
+    """The FP16 elements of a port beat as mantissas of one exponent (docs/numerics.md, Keys and values).
+
+    Members
+    -------
+    beat : In(16 per element); shared : In(5), the exponent; zero : In(1), the beat is beyond the head's end
+    en : In(2), register enables; o : Out(signed(KV_BITS)) per element, 2 cycles later
+    """
+
+    def __init__(self, *, elements):
+        self._elements = elements
+        super().__init__({"beat": In(16 * elements), "shared": In(_ES), "zero": In(1), "en": In(2),
+                          "o": Out(signed(KV_BITS)).array(elements)})
+
+    def elaborate(self, platform):
+        m = Module()
+        for index in range(self._elements):
+            word = self.beat[16 * index:16 * index + 16]
+            field, hidden = word[10:15], word[10:15].any()
+            sign, significand = Signal(name=f"sign{index}"), Signal(_SIGNIFICAND, name=f"significand{index}")
+            shift = Signal(range(_SIGNIFICAND + 2), name=f"shift{index}")
+            # Written out twice below: a simulator then evaluates it only when the register is enabled.
+            distance = (self.shared - Cat(field[0] | ~hidden, field[1:]))[:_ES]
+            with m.If(self.en[0]):
+                m.d.sync += [
+                    sign.eq(word[15]), significand.eq(Mux(self.zero, 0, Cat(word[:10], hidden))),
+                    shift.eq(Mux(distance > _SIGNIFICAND, _SIGNIFICAND + 1, distance)),  # further is 0 as well
+                ]
+            magnitude = (((significand << 1) >> shift) + 1) >> 1
+            mantissa = Signal(signed(KV_BITS), name=f"mantissa{index}")
+            m.d.comb += self.o[index].eq(mantissa)
+            with m.If(self.en[1]):
+                m.d.sync += mantissa.eq(Mux(sign, -magnitude, magnitude))
+        return m
 
 
 class KvBuffer(wiring.Component):
@@ -88,12 +153,6 @@ class KvBuffer(wiring.Component):
         beats = 2 * config.kvbuf_heads * config.lanes // config.beat_elements  # of a record, at most
         beat_bits, row_bits = beats.bit_length() - 1, rows.bit_length() - 1
 
-        def elements(value, name):
-            # By port first: Amaranth's time for a slice grows with what it is cut from.
-            parts = [Signal(config.port_bits, name=f"{name}{p}") for p in range(config.ports)]
-            m.d.comb += Cat(*parts).eq(value)
-            return [part[16 * i:16 * i + 16] for part in parts for i in range(config.beat_elements)]
-
         m.submodules.tiles = tiles = Memory(shape=8 * config.superbeat_bytes, depth=2 * rows * beats, init=[])
         tile_write, tile_read = tiles.write_port(), tiles.read_port()
         layout = data.ArrayLayout(_ES * config.ports, rows)
@@ -144,21 +203,23 @@ class KvBuffer(wiring.Component):
         at = Signal(place)
         m.d.comb += [at.slot.eq(write_slot), at.row.eq(row), at.head.eq(head), at.part.eq(part),
                      at.first.eq(head_beat == 0), at.ends.eq(head_ends), at.last.eq(self.write.payload.last)]
-        valid, written = accept, elements(self.write.payload.data, "write_beat")
-        levels = [[word[10:15] for word in written[p * config.beat_elements:][:config.beat_elements]]
-                  for p in range(config.ports)]
-        while len(levels[0]) > 1:  # two comparisons per stage
+        valid = accept
+        levels = []
+        for p in range(config.ports):
+            m.submodules[f"largest{p}"] = largest = KvLargest(elements=config.beat_elements)
+            m.d.comb += largest.beat.eq(self.write.payload.data[p * config.port_bits:][:config.port_bits])
+            levels.append(largest)
+        enables = []
+        for _ in range(levels[0].latency):
+            enables.append(valid)
             stage_valid, stage_at = Signal(), Signal(place)
             m.d.sync += stage_valid.eq(valid)
-            groups = [[port[i:i + 4] for i in range(0, len(port), 4)] for port in levels]
-            levels = [[Signal(_ES) for _ in port] for port in groups]
             with m.If(valid):
                 m.d.sync += stage_at.eq(at)
-                m.d.sync += [out.eq(_maximum(group)) for port, outs in zip(groups, levels)
-                             for group, out in zip(port, outs)]
             valid, at = stage_valid, stage_at
+        m.d.comb += [largest.en.eq(Cat(*enables)) for largest in levels]
         running = [Signal(_ES, name=f"exponent{p}") for p in range(config.ports)]
-        largest = [_maximum([values[0], Mux(at.first, 1, before)]) for (values, before) in zip(levels, running)]
+        largest = [_maximum([level.o, Mux(at.first, 1, before)]) for level, before in zip(levels, running)]
         with m.If(valid):
             m.d.sync += [before.eq(value) for before, value in zip(running, largest)]
             with m.If(at.last):
@@ -227,22 +288,14 @@ class KvBuffer(wiring.Component):
             with m.If(c_valid):
                 m.d.sync += self.tile.payload.last.eq(c_last)
         mantissas = []
-        for index, word in enumerate(elements(tile_read.data, "read_beat")):
-            field, hidden = word[10:15], word[10:15].any()
-            shared = token_exponents.word_select(index // config.beat_elements, _ES)
-            sign, significand = Signal(name=f"sign{index}"), Signal(_SIGNIFICAND, name=f"significand{index}")
-            shift = Signal(range(_SIGNIFICAND + 2), name=f"shift{index}")
-            # Written out twice below: a simulator then evaluates it only when the register is enabled.
-            distance = (shared - Cat(field[0] | ~hidden, field[1:]))[:_ES]
-            with m.If(advance & b_valid):
-                m.d.sync += [
-                    sign.eq(word[15]), significand.eq(Mux(b_side.zero, 0, Cat(word[:10], hidden))),
-                    shift.eq(Mux(distance > _SIGNIFICAND, _SIGNIFICAND + 1, distance)),  # further is 0 as well
-                ]
-            magnitude = (((significand << 1) >> shift) + 1) >> 1
-            mantissas.append(Signal(signed(KV_BITS), name=f"mantissa{index}"))
-            with m.If(advance & c_valid):
-                m.d.sync += mantissas[-1].eq(Mux(sign, -magnitude, magnitude))
+        for p in range(config.ports):
+            m.submodules[f"shift{p}"] = shift = KvShift(elements=config.beat_elements)
+            m.d.comb += [
+                shift.beat.eq(tile_read.data[p * config.port_bits:][:config.port_bits]), shift.zero.eq(b_side.zero),
+                shift.shared.eq(token_exponents.word_select(p, _ES)),
+                shift.en.eq(Cat(advance & b_valid, advance & c_valid)),
+            ]
+            mantissas += shift.o
         m.d.comb += self.tile.payload.data.as_value().eq(Cat(*mantissas))
         return m
 
