@@ -59,7 +59,8 @@ class RoutedCache(KVCache):
 
 
 class RoutedReference(ReferenceModel):
-    """Float evaluation of a Model with Routers, linear or two-layer, which must be for that model (else RouterError).
+    """Float evaluation of a Model with Routers, linear or two-layer. They must be for that model and without LoRA factors,
+    which `skipopu.host.lora.merged` adds to a model, else RouterError.
 
     force : takes the place of the routers' decisions: RandomRoutes, or bool [layers, 2, positions], true to execute
     ``decisions`` : bool [layers, 2, tokens] of the sequence so far, after ``forward`` or ``step``; of the first
@@ -72,6 +73,8 @@ class RoutedReference(ReferenceModel):
                  dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> None:
         super().__init__(model, dtype=dtype, device=device)
         routers.require_model(model)
+        if routers.lora:
+            raise RouterError("these routers carry LoRA factors; merge them into the model first (host.lora.merged)")
         if isinstance(force, np.ndarray) and (force.dtype != bool or force.ndim != 3
                                               or force.shape[:2] != (model.config.layers, 2)):
             raise RouterError(f"forced routes must be bool [{model.config.layers}, 2, tokens], "

@@ -14,6 +14,7 @@ import typer
 from skipopu.hw.config import PRESETS, preset
 
 from .console import note, print_json, progress, whole_file
+from .tuning.command import tune
 
 if TYPE_CHECKING:
     from .compiled import Compiled
@@ -26,7 +27,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(name="skipopu", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Run language models on an open FPGA overlay processor: on its RTL, its bit-exact model, or "
                        "the float reference.")
-
+app.command()(tune)
 
 ModelOption = Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hugging Face folder, bundle, or a name "
                                                                 "that `skipopu models` lists.")]

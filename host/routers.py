@@ -13,7 +13,10 @@ In both modes layer 0 computes keys and values of every token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,14 +29,18 @@ from .errors import RouterError
 if TYPE_CHECKING:
     from .model import Model
 
-__all__ = ["FORMAT_VERSION", "KV_MODES", "MODULES", "Routers", "check_kv", "load_routers", "save_routers"]
+__all__ = ["FORMAT_VERSION", "KV_MODES", "MODULES", "NAMED_ROUTERS", "Routers", "check_kv", "find_routers",
+           "load_routers", "save_routers"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # version 1 had no LoRA factors; files without them are still written so
 KV_MODES = ("dense", "reuse")
 MODULES = ("attention", "mlp")  # order of the axis of length 2 everywhere
 _FORMAT = "skipopu-routers"
 _LINEAR, _HIDDEN = ("difference", "bias"), ("hidden_weight", "hidden_bias")
+_LORA = re.compile(r"lora_(down|up)\.([a-z]+)")
 _METADATA = ("version", "kv", "base_model", "layers", "width")
+NAMED_ROUTERS = {f"smollm2:{kv}": f"smollm2-{kv}.safetensors" for kv in KV_MODES}
+_FOLDER = Path(__file__).parent / "data"
 
 
 def check_kv(kv: str) -> str:
@@ -53,6 +60,9 @@ class Routers:
     bias : float32 [layers, 2], execute less skip
     hidden_weight : float16 or float32 [layers, 2, inner, width], and hidden_bias : float32 [layers, 2, inner], of
         two-layer routers; then ``difference`` is [layers, 2, inner] and reads ``relu(hidden_weight @ x + hidden_bias)``
+    lora : by the name of a matrix of every layer, low-rank factors of what the routers' training added to it: float16
+        (down [layers, rank, in], up [layers, out, rank]). `lora.merged` adds up @ down to a model
+    notes : what the file says of its origin, by name; does not change what the routers do
     """
 
     kv: str
@@ -61,6 +71,8 @@ class Routers:
     bias: np.ndarray
     hidden_weight: np.ndarray | None = None
     hidden_bias: np.ndarray | None = None
+    lora: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_kv(self.kv)
@@ -85,6 +97,19 @@ class Routers:
                 raise RouterError(f"router {name} must be {list(shape)}, not {list(array.shape)}")
             if bad := int(np.count_nonzero(~np.isfinite(array))):
                 raise RouterError(f"router {name} holds NaN or infinity ({bad} of {array.size})")
+        for part, factors in (self.lora or {}).items():
+            self._check_lora(part, *factors)
+
+    def _check_lora(self, part: str, down: np.ndarray, up: np.ndarray) -> None:
+        for name, array in (f"lora_down.{part}", down), (f"lora_up.{part}", up):
+            if array.dtype != np.float16 or array.ndim != 3 or len(array) != self.layers:
+                raise RouterError(f"router {name} must be float16 [{self.layers} layers, ., .], not {array.dtype} "
+                                  f"{list(array.shape)}")
+            if bad := int(np.count_nonzero(~np.isfinite(array))):
+                raise RouterError(f"router {name} holds NaN or infinity ({bad} of {array.size})")
+        if down.shape[1] != up.shape[2] or not down.shape[1]:
+            raise RouterError(f"router LoRA factors of {part} must share a rank of at least 1, not "
+                              f"{down.shape[1]} and {up.shape[2]}")
 
     @property
     def is_linear(self) -> bool:
@@ -114,17 +139,41 @@ class Routers:
             if ours != theirs:
                 raise RouterError(f"these routers are for a model with {what} {ours}, but {model.config.name} "
                                   f"has {theirs}")
+        matrices = {part: tensor.shape for part, tensor in model.layer(0).items() if len(tensor.shape) == 2}
+        for part, (down, up) in (self.lora or {}).items():
+            if (shape := (up.shape[1], down.shape[2])) != matrices.get(part):
+                known = f"{list(matrices[part])}" if part in matrices else f"only {', '.join(matrices)}"
+                raise RouterError(f"these routers have LoRA factors for {part} {list(shape)}, but {model.config.name} "
+                                  f"has {known}")
         if self.base != model.identity:
             raise RouterError(f"these routers are for the model with hash {self.base[:16]}, but {model.config.name} "
                               f"has {model.identity[:16] or 'none'}")
 
 
 def save_routers(path: str | Path, routers: Routers) -> None:
-    """Write a router file: safetensors, with what identifies the model in its metadata."""
-    tensors = {name: np.ascontiguousarray(getattr(routers, name))
-               for name in (*_LINEAR, *(() if routers.is_linear else _HIDDEN))}
-    save_file(tensors, path, {"format": _FORMAT, "version": str(FORMAT_VERSION), "kv": routers.kv,
-                              "base_model": routers.base, "layers": str(routers.layers), "width": str(routers.width)})
+    """Write a router file: safetensors, with what identifies the model, and the notes, in its metadata."""
+    tensors = {name: getattr(routers, name) for name in (*_LINEAR, *(() if routers.is_linear else _HIDDEN))}
+    for part, (down, up) in (routers.lora or {}).items():
+        tensors |= {f"lora_down.{part}": down, f"lora_up.{part}": up}
+    about = {"format": _FORMAT, "version": str(FORMAT_VERSION if routers.lora else 1), "kv": routers.kv,
+             "base_model": routers.base, "layers": str(routers.layers), "width": str(routers.width)}
+    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path,
+              {**routers.notes, **about})
+
+
+def find_routers(spec: str | Path, model: Model | None = None) -> Routers:
+    """The routers of a name in NAMED_ROUTERS or of a file, checked against ``model`` if given.
+
+    A name wins over a file of the same name in the current folder. Raises RouterError, one line, as `load_routers`, or
+    if there is neither a name nor a file.
+    """
+    if (shipped := NAMED_ROUTERS.get(str(spec))) is not None:
+        return load_routers(_FOLDER / shipped, model)
+    if not Path(spec).exists():
+        near = get_close_matches(str(spec), NAMED_ROUTERS, 1)
+        raise RouterError(f"{spec}: no such router file or name; " + (f"did you mean {near[0]}?" if near else
+                                                                     f"names are {', '.join(NAMED_ROUTERS)}"))
+    return load_routers(spec, model)
 
 
 def load_routers(path: str | Path, model: Model | None = None) -> Routers:
@@ -163,14 +212,22 @@ def _routers(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> Router
                           f"not {metadata.get('format', 'none')[:40]!r}")
     if missing := [key for key in _METADATA if key not in metadata]:
         raise RouterError(f"the metadata lacks {', '.join(missing)}")
-    if metadata["version"] != str(FORMAT_VERSION):
-        raise RouterError(f"router files of version {FORMAT_VERSION} can be read, not {metadata['version'][:40]!r}")
+    if metadata["version"] not in ("1", str(FORMAT_VERSION)):
+        raise RouterError(f"router files of version 1 or {FORMAT_VERSION} can be read, not "
+                          f"{metadata['version'][:40]!r}")
     expected = (*_LINEAR, *(_HIDDEN if any(name in tensors for name in _HIDDEN) else ()))
+    if metadata["version"] != "1":
+        parts = dict.fromkeys(match[2] for name in tensors if (match := _LORA.fullmatch(name)))
+        expected += tuple(f"lora_{half}.{part}" for part in parts for half in ("down", "up"))
     for what, names in (("missing", [name for name in expected if name not in tensors]),
                         ("unexpected", [name for name in tensors if name not in expected])):
         if names:
             raise RouterError(f"{what} tensors: {', '.join(sorted(names))}")
-    routers = Routers(kv=metadata["kv"], base=metadata["base_model"], **tensors)  # type: ignore[arg-type]
+    lora = {name.partition(".")[2]: (tensors[name], tensors[name.replace("down", "up", 1)])
+            for name in tensors if name.startswith("lora_down.")}
+    routers = Routers(kv=metadata["kv"], base=metadata["base_model"], lora=lora or None,
+                      notes={key: value for key, value in metadata.items() if key not in ("format", *_METADATA)},
+                      **{name: array for name, array in tensors.items() if "." not in name})  # type: ignore[arg-type]
     for key in ("layers", "width"):
         if metadata[key] != str(getattr(routers, key)):
             raise RouterError(f"the metadata has {key} {metadata[key][:40]}, but the tensors {getattr(routers, key)}")

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .errors import ModelError, RouterError
+from .errors import RouterError
 from .hf_import import LAYER_NAMES, interleave_rows
+from .lora import add_deltas
 from .model import Model, tensor_name
-from .quantise import quantise
 from .routers import MODULES, Routers, check_kv
 
 __all__ = ["LORA_ALPHA", "load_skipgpt_routers", "merge_skipgpt_lora"]
@@ -58,19 +57,19 @@ def merge_skipgpt_lora(path: str | Path, model: Model, *, alpha: float = LORA_AL
     try:
         pairs = _lora_pairs(_read(path), model)
         digest = hashlib.sha256(f"lora {alpha} {model.identity}".encode())
-        tensors = dict(model.tensors)
+        deltas = {}
         for name, (down, up) in sorted(pairs.items()):
             digest.update(name.encode() + down.tobytes() + up.tobytes())
-            delta = up @ down * np.float32(alpha / len(down))
-            if name.endswith((".q", ".k")):  # the model's rows are in rotary pairs
-                delta = delta[interleave_rows(len(delta) // model.config.head_dim, model.config.head_dim)]
-            try:
-                tensors[name] = quantise(tensors[name].dequantise() + delta, tensors[name].kind)
-            except ModelError as error:
-                raise RouterError(f"{name} with its LoRA delta: {error}") from None
+            deltas[name] = _delta(name, down, up * np.float32(alpha / len(down)), model.config.head_dim)
+        return add_deltas(model, deltas, digest.hexdigest())
     except RouterError as error:
         raise RouterError(f"{path}: {error}") from None
-    return replace(model, tensors=tensors, identity=digest.hexdigest())
+
+
+def _delta(name: str, down: np.ndarray, up: np.ndarray, head_dim: int) -> Callable[[], np.ndarray]:
+    if name.endswith((".q", ".k")):  # the model's rows are in rotary pairs
+        up = up[interleave_rows(len(up) // head_dim, head_dim)]
+    return lambda: up @ down
 
 
 def _read(path: str | Path) -> dict[str, np.ndarray]:

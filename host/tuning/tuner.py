@@ -1,0 +1,261 @@
+"""Tuning in steps: distil the unrouted model into the routed one while the share of skipped weights rises to its goal.
+
+Three stages, one after the other in one run:
+
+1. Routers alone, from biases that make cheap modules (by ablation) the likeliest to be skipped.
+2. Routers and LoRA factors together. Gates are drawn with noise that shrinks; the skip rate that the loss asks for
+   rises linearly until half of all steps.
+3. LoRA alone, under the decisions that the machine will take. When it begins, one shift of all scores brings the skip
+   rate, measured on training text, to the goal.
+
+The loss is the divergence from the unrouted model plus `sparsity` times what the batch lacks of the wanted rate.
+Every random number comes from (seed, step): a resumed run goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from skipopu.golden.reference import ReferenceModel
+from torch import Tensor
+
+from ..errors import RouterError
+from ..model import Model
+from ..routers import Routers, check_kv
+from .ablation import ablate, essential
+from .student import Exploration, Student, read_share
+from .targets import Targets, divergence, sample_vocabulary
+
+__all__ = ["HeldOut", "Settings", "StepReport", "Tuner", "measure"]
+
+CLIP = 1.0            # largest gradient norm, for router weights, biases and LoRA factors apart
+BIAS_RATE = 10        # a bias stands alone where hundreds of weights move a score together
+WARM_UP = 20          # steps of rising learning rate
+LAST_RATE = 0.05      # of the learning rate, at the end of its cosine
+START_BIAS = 2.5      # score of an average module at the start: 92% execute under noise
+BIAS_SPREAD = 1.5     # how far ablation moves it at most
+SAMPLED_VOCABULARY = 4096  # tokens that stand for all those that the teacher finds unlikely
+CALIBRATION = 8       # sequences that coordinates and the final shift are measured on
+ABLATION = 128        # tokens, of two sequences, that each module is left out for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What determines a run, besides the model and the tokens. Raises RouterError for a value out of its range."""
+
+    kv: str
+    skip: float                 # share of the layers' weights that decode leaves unread
+    steps: int
+    seed: int = 0
+    batch: int = 4              # sequences a step
+    rank: int = 16              # of the LoRA factors; 0 leaves the weights as they are
+    router_rate: float = 2e-3   # learning rates
+    lora_rate: float = 1.5e-3
+    sparsity: float = 10.0      # nats per unit of skip rate that is lacking
+    protect: float = 0.6        # nats that leaving a module out may cost before it is essential
+    routers_first: float = 0.05  # share of the steps in stage 1
+    lora_last: float = 0.2      # share of the steps in stage 3
+
+    def __post_init__(self) -> None:
+        check_kv(self.kv)
+        if not 0 <= self.skip <= 0.9:
+            raise RouterError(f"the skip rate must be 0..0.9, not {self.skip}")
+        for name, least, most in (("steps", 1, 10**7), ("seed", 0, 2**31), ("batch", 1, 4096), ("rank", 0, 256)):
+            if not least <= getattr(self, name) <= most:
+                raise RouterError(f"{name} must be {least}..{most}, not {getattr(self, name)}")
+        for name in ("router_rate", "lora_rate", "sparsity", "protect"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise RouterError(f"{name} must be a positive number, not {getattr(self, name)}")
+        if min(self.routers_first, self.lora_last) < 0 or self.routers_first + self.lora_last > 1:
+            raise RouterError("routers_first and lora_last must be shares of the steps, together at most 1, not "
+                              f"{self.routers_first} and {self.lora_last}")
+
+    @property
+    def freeze_at(self) -> int:
+        """The first step of stage 3; never comes where there are no LoRA factors."""
+        return self.steps if not self.rank else self.steps - int(self.lora_last * self.steps)
+
+    def wanted(self, step: int) -> float:
+        """The skip rate that the loss asks for."""
+        return self.skip * min(1.0, (step + 1) / max(1, self.steps // 2))
+
+    def rate(self, step: int) -> float:
+        """Learning rate relative to its peak."""
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / self.steps)
+        return min(1.0, (step + 1) / WARM_UP) * (LAST_RATE + (1 - LAST_RATE) * cosine)
+
+    def explore(self, step: int, generator: torch.Generator) -> Exploration:
+        """How gates are drawn: temperature 2 to 0.5; noise from 1 to 0.1 before the routers freeze, then none."""
+        part = step / max(1, self.freeze_at)
+        if part >= 1:
+            return Exploration(temperature=0.5)
+        return Exploration(2.0 - 1.5 * part, max(0.1, min(1.0, 1.5 * (1 - part))), generator)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step: numbers of its batch; ``skip`` is the share of weights, the others count modules."""
+
+    step: int
+    loss: float
+    divergence: float
+    skip: float
+    skip_attention: float
+    skip_mlp: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The routed model, with the machine's decisions, on text that it was not tuned on."""
+
+    perplexity: float
+    unrouted_perplexity: float
+    divergence: float   # nats per token from the unrouted model
+    top1: float         # share of positions where both find the same token likeliest
+    skip: float         # share of the layers' weights left unread in decode
+    skip_attention: float
+    skip_mlp: float
+
+
+def _rates(gates: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Skip rates of gates [layers, batch, length, 2]: by weights, attention, MLP."""
+    skipped = 1 - gates.mean((1, 2))
+    return (skipped * share).sum(), skipped[:, 0].mean(), skipped[:, 1].mean()
+
+
+@torch.inference_mode()
+def measure(student: Student, model: Model, sequences: np.ndarray, *, gates: np.ndarray | None = None,
+            teacher: dict[int, Tensor] | None = None) -> HeldOut:
+    """Compare the routed with the unrouted model on int [n, length] tokens; both predict token t + 1 from 0..t.
+
+    gates : bool [layers, n, length, 2] in place of the routers' decisions; teacher : keeps the unrouted model's
+    log probabilities between calls on the same sequences
+    """
+    share = torch.tensor(read_share(model, student.kv), dtype=torch.float32, device=student.device)
+    unrouted: ReferenceModel | None = None
+    sums = np.zeros(7)
+    for index, sequence in enumerate(torch.tensor(sequences.astype(np.int64), device=student.device)):
+        expected = None if teacher is None else teacher.get(index)
+        if expected is None:
+            unrouted = unrouted or ReferenceModel(model, device=student.device)
+            expected = unrouted.forward(sequence)[:-1].log_softmax(-1)
+            if teacher is not None:
+                teacher[index] = expected
+        forced = None if gates is None else torch.tensor(gates[:, index, None], dtype=torch.float32).to(student.device)
+        hidden, taken = student(sequence[None], gates=forced)
+        got = student.logits(hidden[0, :-1]).log_softmax(-1)
+        following = sequence[1:, None]
+        numbers = (-got.gather(1, following).mean(), -expected.gather(1, following).mean(),
+                   (expected.exp() * (expected - got)).sum(-1).mean(),
+                   (expected.argmax(-1) == got.argmax(-1)).float().mean(), *_rates(taken, share))
+        sums += np.array([float(number) for number in numbers])
+    loss, unrouted_loss, *rest = (float(value) for value in sums / len(sequences))
+    return HeldOut(math.exp(loss), math.exp(unrouted_loss), *rest)
+
+
+class Tuner:
+    """A run of tuning on one model.
+
+    sequences : int [n, length], training text; folder : where the teacher's outcomes are kept
+    ``prepare`` before the first step of a new run, or `checkpoint.restore`.
+    """
+
+    def __init__(self, model: Model, sequences: np.ndarray, settings: Settings, folder: Path,
+                 device: str | torch.device = "cpu") -> None:
+        self.model, self.sequences, self.settings = model, sequences, settings
+        self.targets = Targets(model, sequences, folder, device)
+        self.share = torch.tensor(read_share(model, settings.kv), dtype=torch.float32, device=device)
+        self.student = Student(model, settings.kv, np.zeros((model.config.layers, 2), bool), rank=settings.rank,
+                               device=device, seed=settings.seed)
+        self.costs = np.zeros((model.config.layers, 2))
+        self.step = 0
+        student, lora = self.student, [*self.student.down.values(), *self.student.up.values()]
+        self.optimiser = torch.optim.Adam([{"params": [student.weight], "peak": settings.router_rate},
+                                           {"params": [student.bias], "peak": BIAS_RATE * settings.router_rate},
+                                           {"params": lora, "peak": settings.lora_rate}], betas=(0.9, 0.98))
+
+    def _some(self, count: int = CALIBRATION) -> Tensor:
+        chosen = np.random.default_rng(self.settings.seed).permutation(len(self.sequences))[:count]
+        return torch.tensor(self.sequences[chosen].astype(np.int64), device=self.student.device)
+
+    def prepare(self, start: Routers | None = None) -> Iterator[int]:
+        """Calibrate, measure each module by ablation, and set the first routers; yields the modules measured so far.
+
+        start : routers of the same model to go on from, with their LoRA factors, in either KV mode
+        """
+        student = self.student
+        student.calibrate(self._some())
+        for done, (layer, module, cost) in enumerate(ablate(student, self._some(2)[:, :ABLATION]), 1):
+            self.costs[layer, module] = cost
+            yield done
+        student.protected.copy_(torch.tensor(essential(self.costs, self.settings.protect)))
+        if student.protected.all() and self.settings.skip:
+            raise RouterError(f"every module costs more than protect {self.settings.protect} nats when left out, so "
+                              "none can be skipped; raise protect")
+        logs = np.log(np.maximum(self.costs, 1e-6))
+        spread = np.clip(logs - np.median(logs), -BIAS_SPREAD, BIAS_SPREAD)
+        with torch.no_grad():
+            student.bias.copy_(torch.tensor(START_BIAS + spread))
+        if start is not None:
+            student.adopt(start)
+
+    def batch(self, step: int) -> np.ndarray:
+        """Indices of the sequences of a step: every sequence once before any comes again."""
+        first, count = step * self.settings.batch, len(self.sequences)
+        orders: dict[int, np.ndarray] = {}
+        chosen = []
+        for place in range(first, first + self.settings.batch):
+            epoch = place // count
+            if epoch not in orders:
+                orders[epoch] = np.random.default_rng((self.settings.seed, epoch)).permutation(count)
+            chosen.append(orders[epoch][place % count])
+        return np.array(chosen)
+
+    def advance(self) -> StepReport:
+        """Take one step. Raises RouterError if the loss is not a number."""
+        settings, student = self.settings, self.student
+        if self.step == settings.freeze_at:
+            self.shift_to_goal()
+        indices = self.batch(self.step)
+        kept, log_probs = self.targets(indices)
+        tokens = torch.tensor(self.sequences[indices].astype(np.int64), device=student.device)
+        routers_learn = self.step < settings.freeze_at
+        lora_learns = self.step >= int(settings.routers_first * settings.steps)
+        for group, learns in zip(self.optimiser.param_groups, (routers_learn, routers_learn, lora_learns)):
+            for parameter in group["params"]:
+                parameter.requires_grad_(learns)
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + self.step)
+        hidden, gates = student(tokens, settings.explore(self.step, generator))
+        rows, offset, places = sample_vocabulary(kept, student.config.vocab, SAMPLED_VOCABULARY, generator)
+        logits = student.logits(hidden.flatten(0, 1), rows) + offset
+        away = divergence(logits, places.flatten(0, 1), log_probs.flatten(0, 1)).mean()
+        skip, attention, mlp = _rates(gates, self.share)
+        loss = away + settings.sparsity * (settings.wanted(self.step) - skip).clamp(min=0)
+        if not torch.isfinite(loss):
+            raise RouterError(f"the loss is {float(loss)} at step {self.step}; take lower learning rates")
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["peak"] * settings.rate(self.step)
+            torch.nn.utils.clip_grad_norm_(group["params"], CLIP)
+        self.optimiser.step()
+        self.step += 1
+        return StepReport(self.step, *(float(value.detach()) for value in (loss, away, skip, attention, mlp)))
+
+    @torch.no_grad()
+    def shift_to_goal(self) -> None:
+        """Add one number to all scores so that the skip rate on training text is the goal (layer inputs change with
+        the decisions, so it is found by bisection)."""
+        tokens, start = self._some(CALIBRATION // 2), self.student.bias.clone()
+        low, high = -8.0, 8.0
+        for _ in range(10):
+            middle = (low + high) / 2
+            self.student.bias.copy_(start + middle)
+            skipped = float(_rates(self.student(tokens)[1], self.share)[0])
+            low, high = (middle, high) if skipped > self.settings.skip else (low, middle)
+        self.student.bias.copy_(start + (low + high) / 2)
