@@ -353,7 +353,8 @@ class ComputeUnit(wiring.Component):
 
         # Drain.
         info_layout = data.StructLayout({
-            "mask": config.tokens, "groups": 8, "heads": 8, "n_tiles": 14, "beats": 16, "mode": 3, "scale_exponent": signed(7)})
+            "mask": config.tokens, "groups": 8, "heads": 8, "n_tiles": 14, "beats": 16, "mode": 3,
+            "scale_exponent": signed(7)})
         infos = [Signal(info_layout, name=f"info{i}") for i in range(2)]
         info_count = Signal(2)
         info_done = Signal()

@@ -65,7 +65,10 @@ def aligned_row(config, mantissas, exponents):
 
 @dataclass
 class Matmul:
-    """One MATMUL with random operands: ``fields`` of the command, and everything around it."""
+    """One MATMUL with random operands: ``fields`` of the command, and everything around it.
+
+    ``fields["mask"]``, if there, says which rows run.
+    """
 
     config: object
     mode: MatmulMode
@@ -76,13 +79,15 @@ class Matmul:
 
     def __post_init__(self):
         config, rng, fields = self.config, self.rng, self.fields
-        heads, groups, count = (fields[name] for name in ("heads", "groups", "rows"))
+        heads, groups = fields["heads"], fields["groups"]
+        self.t = [t for t in range(fields["rows"]) if fields.get("mask", -1) >> t & 1]
         self.is_kv = self.mode in (MatmulMode.QK, MatmulMode.PV)
         self.planes = 2 if self.mode == MatmulMode.W8 else 1
         n_tiles, k_tiles = fields["n_tiles"], fields["k_tiles"]
-        vectors = heads * groups * count
+        vectors = heads * groups * len(self.t)
         self.mantissas, self.exponents = make_rows(rng, config, vectors, k_tiles)
-        h, g, t = np.unravel_index(np.arange(vectors), (heads, groups, count))
+        h, g, t = np.unravel_index(np.arange(vectors), (heads, groups, len(self.t)))
+        t = np.array(self.t)[t]
         starts = fields["x"] + t * fields["row_stride"] + g * fields["group_stride"] + h * fields["head_stride"]
         for vector, start in enumerate(starts.tolist()):
             for k in range(k_tiles):

@@ -31,6 +31,7 @@ class ComputeBench:
         self.requests = StreamSink(dut, "kv_request", shape=KvRequest(self.config), stall=stall, seed=seed)
         self.tiles = StreamSource(dut, "kv_tile", stall=stall, seed=seed)
         self.sink = StreamSink(dut, "out", shape=AccBeat(self.config), stall=sink_stall, seed=seed)
+        self.rng = np.random.default_rng(seed)
         self.count, self.slots = Counter(), Counter()
         self.transfers = []  # cycles in which a superbeat of weights or of a KV tile was taken
         self.active = []  # cycles in which a row was in use
@@ -51,9 +52,9 @@ class ComputeBench:
             if (dut.weights__valid.value and dut.weights__ready.value) or (
                     dut.kv_tile__valid.value and dut.kv_tile__ready.value):
                 self.transfers.append(cycle())
-            if dut.done.value:
+            if dut.done.value and (spoiled := self.spoiled.popleft()):
                 # Done means that the rows are free: spoil what was read last at once.
-                self.writes.appendleft(self.spoiled.popleft())
+                self.writes.appendleft(spoiled)
             dut.write_en.value = int(bool(self.writes))
             if self.writes:
                 dut.write_row.value, dut.write_vector.value, dut.write_first.value, dut.write_data.value = (
@@ -104,12 +105,19 @@ class ComputeBench:
             self.writes.append((row, vector, first, aligned_row(self.config, mantissas, exponents)))
         await ClockCycles(self.dut.clk, len(rows) + 2)
 
-    async def send(self, *matmuls):
-        """Write their rows, then send all commands and operands; returns the beats to expect, by command."""
-        expected = []
+    async def send(self, *commands):
+        """Write the rows of MATMULs, then send all commands and operands; returns the beats to expect, by MATMUL.
+
+        A command is a Matmul, or a number of superbeats to drop.
+        """
+        expected, matmuls = [], [command for command in commands if isinstance(command, Matmul)]
         for matmul in matmuls:
             await self.write(matmul.rows)
-        for matmul in matmuls:
+        for matmul in commands:
+            if matmul not in matmuls:
+                self.weights.send(int.from_bytes(self.rng.bytes(self.config.superbeat_bytes)) for _ in range(matmul))
+                self.spoiled.append(None)
+                continue
             self.weights.send(matmul.weight_stream())
             slot = self.slots[matmul.mode] % 2
             for request in matmul.requests(slot):
@@ -118,24 +126,28 @@ class ComputeBench:
             if matmul.mode == MatmulMode.QK:
                 self.exponents.append(matmul.key_exponents)
             fields = matmul.fields
-            vector = fields["x"] + sum((fields[count] - 1) * fields[stride] for count, stride in (
-                ("heads", "head_stride"), ("groups", "group_stride"), ("rows", "row_stride")))
+            vector = fields["x"] + matmul.t[-1] * fields["row_stride"] + sum((fields[count] - 1) * fields[stride]
+                for count, stride in (("heads", "head_stride"), ("groups", "group_stride")))
             self.spoiled.append((vector + fields["k_tiles"] - 1, vector, 1, 0))
             expected.append(matmul.expected())
-        self.commands.send([as_command("matmul", mode=int(matmul.mode), **matmul.fields) for matmul in matmuls])
+        self.commands.send([as_command("matmul", mode=int(item.mode), **item.fields) if item in matmuls else
+                            as_command("dropw", count=item) for item in commands])
         return expected
 
-    async def run(self, *matmuls):
+    async def run(self, *commands):
         """Send, compare all results, and wait until the unit is idle."""
         done, release = self.count["done"], self.count["kv_release"]
-        for matmul, expected in zip(matmuls, await self.send(*matmuls)):
+        matmuls = [command for command in commands if isinstance(command, Matmul)]
+        for matmul, expected in zip(matmuls, await self.send(*commands)):
             for number, want in enumerate(expected):
                 beat, = await self.sink.take(1)
                 got = beat["acc"], beat["exponent"]
                 assert got == want, f"beat {number} of {matmul.mode.name} {matmul.fields}: got {got}, expected {want}"
+        while self.count["done"] - done < len(commands):
+            await self.edge
         assert await self.sink.rest(12) == []
         assert not self.dut.busy.value
-        assert self.count["done"] - done == len(matmuls)
+        assert self.count["done"] - done == len(commands)
         assert self.count["kv_release"] - release == sum(matmul.mode == MatmulMode.PV for matmul in matmuls)
         assert not self.answers, "the KV buffer was not asked for every tile"
 
@@ -172,9 +184,50 @@ async def every_limit_of_beats(dut):
         sizes = {"heads": 2, "groups": 1, "rows": 3, "n_tiles": n_tiles, "k_tiles": 2}
         await machine.run(*(machine.make(rng, MatmulMode.W4, **sizes, beats=(n_tiles - 1) * vectors + last)
                             for last in range(1, vectors + 1)))
-    for groups in (1, config.acc_rows // config.tokens):
-        sizes = {"heads": 1, "groups": groups, "rows": config.acc_rows // groups, "n_tiles": 3, "k_tiles": 1}
-        await machine.run(machine.make(rng, MatmulMode.W8, **sizes))
+    sizes = {"heads": 1, "groups": config.acc_rows // config.tokens, "rows": config.tokens, "n_tiles": 3, "k_tiles": 1}
+    await machine.run(machine.make(rng, MatmulMode.W8, **sizes))
+
+
+@bench(stall=[Stall.NEVER, Stall.HALF], timeout_cycles=60_000)
+async def a_mask_chooses_the_rows(dut, stall):
+    """Every mask of a chunk, then random ones in all modes: rows that run keep their places in MBUF."""
+    rng = np.random.default_rng(9)
+    machine = ComputeBench(dut, stall=stall, sink_stall=stall, seed=9)
+    tokens = machine.config.tokens
+    every = range(1, 1 << tokens)
+    sizes = {"heads": 2, "groups": 2, "rows": tokens, "n_tiles": 2, "k_tiles": 2}
+    await machine.run(*(machine.make(rng, MatmulMode.W4, **sizes, mask=mask) for mask in every))
+    machine.next_row = 0
+    for mode in [*MatmulMode] * 3:
+        await machine.run(machine.make(rng, mode, rows=tokens, mask=int(rng.choice(every))))
+
+
+@bench(stall=[Stall.NEVER, Stall.HALF], timeout_cycles=60_000)
+async def drops_weights_between_products(dut, stall):
+    rng = np.random.default_rng(10)
+    machine = ComputeBench(dut, stall=stall, seed=10)
+    small = {"heads": 1, "groups": 1, "rows": 2, "n_tiles": 1, "k_tiles": 2}
+    for counts in [(0,), (1,), (5, 0, 1), (40,)]:
+        await machine.run(*counts)
+        products = [machine.make(rng, mode, **small) for mode in (MatmulMode.W4M, MatmulMode.W4)]
+        await machine.run(*counts, products[0], *counts, products[1], *counts)
+    product = machine.make(rng, MatmulMode.QK)
+    await machine.run(3, product, 3)
+
+
+@bench(count=[0, 1, 30])
+async def drops_a_superbeat_in_every_cycle(dut, count):
+    machine = ComputeBench(dut)
+    machine.weights.send([1] * (count + 2))
+    await ClockCycles(dut.clk, 5)
+    assert not machine.transfers and not dut.busy.value
+    machine.commands.send([as_command("dropw", count=count)])
+    machine.spoiled.append(None)
+    while not machine.count["done"]:
+        await machine.edge
+    await ClockCycles(dut.clk, 5)
+    assert len(machine.transfers) == count and not _gaps(machine.transfers)
+    assert machine.count["busy"] == count + 1 and not machine.active and not machine.count["starved"]
 
 
 @bench()
@@ -249,6 +302,7 @@ async def debug_shows_rows_of_mbuf(dut):
 @pytest.mark.parametrize("config", [TINY, WIDE], ids=lambda config: config.name)
 def test_matmul(config):
     run_bench(ComputeUnit(config=config), every_mode_matches, single_commands_match, every_limit_of_beats,
+              a_mask_chooses_the_rows, drops_weights_between_products, drops_a_superbeat_in_every_cycle,
               waits_while_both_banks_are_full, one_row_runs_at_the_speed_of_the_stream,
               a_tile_is_replaced_while_its_last_row_is_used, debug_shows_rows_of_mbuf,
               parameters=dataclasses.asdict(config))
