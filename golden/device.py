@@ -54,12 +54,15 @@ class FunctionalDevice(SoftwareDevice):
         machine, fault = self.machine, None
         try:
             machine.run(run.program, run.length, run.arguments, run.tokens, run.instruction_limit or None,
-                        run.memory_limit)
+                        run.memory_limit, run.forced)
         except MachineFault as error:
             fault = error.cause, error.pc, error.port
-        counters, beat = machine.counters, self.config.port_bits // 8
+        counters, beat, superbeat = machine.counters, self.config.port_bits // 8, self.config.superbeat_bytes
         return Outcome(
             registers={"INSTRUCTIONS": counters["instructions"], "SATURATIONS": counters["saturations"],
+                       "DROPPED": counters["dropped"], "WEIGHTS_READ": counters["weights_read"] // superbeat,
+                       "KV_READ": counters["kv_read"] // superbeat, "KV_WRITTEN": counters["kv_written"] // beat,
                        "PC": machine.pc, "ARGMAX_INDEX": machine.argmax_index, "ARGMAX_VALUE": machine.argmax_value},
+            routes=tuple(machine.routes),
             beats_read=sum(counters[name] for name in ("weights_read", "kv_read", "activations_read")) // beat,
             beats_written=(counters["kv_written"] + counters["logits_written"]) // beat, fault=fault)

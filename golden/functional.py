@@ -12,19 +12,32 @@ from typing import NoReturn
 import numpy as np
 import torch
 from skipopu.hw.config import OverlayConfig
-from skipopu.hw.isa import Condition, Instruction, IsaError, Unit, decode
+from skipopu.hw.isa import (
+    INSTRUCTIONS,
+    MAX_LAYERS,
+    ROUTER_ROWS_AT,
+    Condition,
+    Instruction,
+    IsaError,
+    RowList,
+    Unit,
+    decode,
+)
 from skipopu.hw.registers import FaultCause
 
+from .arithmetic import widen_half
 from .matrix import MatrixUnit
-from .operands import OperandCache, ProgramError, linear, unpack_kv
-from .state import BeatStream, MachineFault, MachineState, Write
+from .operands import KvTile, OperandCache, ProgramError, Span, linear, unpack_kv
+from .state import BeatStream, MachineFault, MachineState, RowLists, Write, rows_of
 from .vector import VectorUnit
 
 __all__ = ["COUNTERS", "FunctionalMachine", "MachineFault", "ProgramError", "Write"]
 
-COUNTERS = ("instructions", "saturations", "weights_read", "kv_read", "activations_read", "kv_written",
+COUNTERS = ("instructions", "dropped", "saturations", "weights_read", "kv_read", "activations_read", "kv_written",
             "logits_written")
 WORD_BYTES = 32
+ROWS_OF_CHUNK = {item.mnemonic for item in INSTRUCTIONS if item.unit == Unit.VECTOR and "heads" in item.fields} | {
+    "matmul", "route", "storekv"}  #: whose `rows` counts tokens
 Observer = Callable[[int, Instruction, dict[str, int], list[Write]], None]
 
 
@@ -41,9 +54,11 @@ class FunctionalMachine(MachineState):
     threads : of the matrix products (torch); more than one only pays on an otherwise idle machine
     cache_bytes : most memory spent on unpacked weights and KV tiles
 
-    observer : called after each instruction with (pc, instruction, fields with registers added, writes)
+    observer : called after each instruction with (pc, instruction, fields with registers added, writes); of fields
+        also ``mask``, the rows it runs for (bit t for row t)
     counters : of the last run, COUNTERS; bytes where they are read or written
     registers, pc : scalar registers and the instruction dispatched last
+    routes : what `route` took last, two words of row bits (attention, MLP) for each layer
     """
 
     def __init__(self, config: OverlayConfig, memories: Sequence[np.ndarray], threads: int = 1,
@@ -55,6 +70,8 @@ class FunctionalMachine(MachineState):
         self.cache = OperandCache(cache_bytes)
         self.observer: Observer | None = None
         self.registers = [0] * 16
+        self.lists = RowLists(config.tokens)
+        self.routes = [0] * (2 * MAX_LAYERS)
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.pc = 0
         self.limit = 0
@@ -65,25 +82,31 @@ class FunctionalMachine(MachineState):
         self._matrix = MatrixUnit(self, self.memories, self.cache, self._results, self._fail)
         self._vector = VectorUnit(self, self._results, self._logits, self._fail, self._matrix.value_exponent)
         self._units = {"loadw": self._loadw, "loada": self._loada, "loadkv": self._loadkv,
-                       "matmul": self._matrix.execute, "storekv": self._storekv, "storel": self._storel}
+                       "matmul": self._matrix.execute, "dropw": self._matrix.drop_weights,
+                       "storekv": self._storekv, "storel": self._storel}
 
     # ---- running
 
     def run(self, program_address: int, length: int, args: Sequence[int] = (), tokens: Sequence[int] = (),
-            instruction_limit: int | None = None, limit: int | None = None) -> None:
+            instruction_limit: int | None = None, limit: int | None = None,
+            forced: Sequence[int] | None = None) -> None:
         """Run a program of ``length`` words at a byte address of port 0 until HALT, or for ``instruction_limit``.
 
         args : r1, r2, ... (up to 7, others 0); tokens : the token table (others 0)
         limit : superbeats of memory, by default what the shortest memory holds
+        forced : words as in ``routes`` that `route` takes in place of the scores' decisions (others 0)
         Raises MachineFault where the hardware stops with a fault, ProgramError where its behaviour is undefined. A
         consumer whose producer does not stand before it is a WATCHDOG fault. Buffers keep their contents between runs.
         """
-        if len(args) > 7 or len(tokens) > self.config.tokens:
-            raise ValueError(f"at most 7 arguments and {self.config.tokens} tokens, not {len(args)} and {len(tokens)}")
+        if len(args) > 7 or len(tokens) > self.config.tokens or len(forced or ()) > 2 * MAX_LAYERS:
+            raise ValueError(f"at most 7 arguments, {self.config.tokens} tokens and {2 * MAX_LAYERS} forced words, not "
+                             f"{len(args)}, {len(tokens)} and {len(forced or ())}")
         self.limit = min(len(memory) for memory in self.memories) // self._per_beat if limit is None else limit
         self.registers = [0, *(_signed(value, 32) for value in args), *[0] * (15 - len(args))]
         self._table = [*tokens, *[0] * (self.config.tokens - len(tokens))]
         self.counters = dict.fromkeys(COUNTERS, 0)
+        self.lists.clear()
+        self._forced = None if forced is None else [*forced, *[0] * (2 * MAX_LAYERS - len(forced))]
         self.saturations = 0
         self._matrix.weights.clear()
         self._results.items.clear()
@@ -99,6 +122,7 @@ class FunctionalMachine(MachineState):
     def reset(self) -> None:
         """State after power-up; memories and what was unpacked from them are kept."""
         super().__init__(self.config)
+        self.routes = [0] * (2 * MAX_LAYERS)
         self._matrix.forget_tiles()
 
     def invalidate(self, address: int | None = None, size: int = 0) -> None:
@@ -113,13 +137,16 @@ class FunctionalMachine(MachineState):
         while not instruction_limit or self.counters["instructions"] < instruction_limit:
             self._at = pc
             item, raw = self._fetch(program_address, pc, length)
-            values = raw | {
-                "imm": _signed(raw["imm"] + r[raw["imm_reg"]], 32), "rows": raw["rows"] + r[raw["rows_reg"]] & 0xFFF,
-                "x": _signed(raw["x"] + r[raw["x_reg"]], 16),
-            }
             self.counters["instructions"] += 1
+            allowed, rows = self._allowed(raw["list"]), raw["rows"] + r[raw["rows_reg"]] & 0xFFF
+            values = raw | {"imm": _signed(raw["imm"] + r[raw["imm_reg"]], 32), "rows": rows,
+                            "x": _signed(raw["x"] + r[raw["x_reg"]], 16), "mask": allowed & (1 << rows) - 1}
             following, writes = pc + 1, []
-            if item.mnemonic == "halt":
+            if allowed and item.mnemonic in ROWS_OF_CHUNK:
+                self._check_rows(item.mnemonic, values)
+            if not allowed:
+                self.counters["dropped"] += 1
+            elif item.mnemonic == "halt":
                 self._check_idle()
             elif item.mnemonic == "branch":
                 if self._taken(raw):
@@ -127,6 +154,8 @@ class FunctionalMachine(MachineState):
                     if following >= length:
                         self._fail(FaultCause.FETCH_RANGE, f"branch to {following} in a program of {length}")
                 values = raw
+            elif item.mnemonic == "route":
+                writes = self._route(values)
             elif item.unit == Unit.CONTROL:
                 writes, values = self._scalar(item.mnemonic, raw), raw
             elif item.unit == Unit.VECTOR:
@@ -136,7 +165,7 @@ class FunctionalMachine(MachineState):
             self.pc = pc
             if self.observer:
                 self.observer(pc, item, values, writes)
-            if item.mnemonic == "halt":
+            if allowed and item.mnemonic == "halt":
                 return
             pc = following
 
@@ -164,6 +193,32 @@ class FunctionalMachine(MachineState):
                 self._fail(FaultCause.WATCHDOG, f"halt with {left} {what} that nothing consumes")
 
     # ---- control unit
+
+    def _allowed(self, kind: int) -> int:
+        """The rows in a list, bit t for row t."""
+        try:
+            return self.lists.mask(kind) if kind else self.lists.every
+        except ValueError:
+            raise ProgramError(f"list must be a RowList, not {kind}") from None
+
+    def _check_rows(self, mnemonic: str, values: dict[str, int]) -> None:
+        """ProgramError unless an instruction counts rows of a chunk and runs for at least one of them."""
+        if not 1 <= values["rows"] <= self.config.tokens:
+            raise ProgramError(f"{mnemonic}: rows must be at least 1 and at most {self.config.tokens}, "
+                               f"not {values['rows']}")
+        if not values["mask"]:
+            raise ProgramError(f"{mnemonic}: none of the {values['rows']} rows is in the list "
+                               f"{RowList(values['list']).name}, which has others")
+
+    def _route(self, values: dict[str, int]) -> list[Write]:
+        rows, at = values["rows"], 2 * values["layer"]
+        if self._forced is None:
+            words = [sum(1 << t for t in range(rows) if score[t] >= 0) for score in self.scores]
+        else:
+            words = [word & (1 << rows) - 1 for word in self._forced[at : at + 2]]
+        self.lists.present = (1 << rows) - 1
+        self.lists.attention, self.lists.mlp = self.routes[at : at + 2] = words
+        return [Write("routes", np.array([at, at + 1]))]
 
     def _taken(self, raw: dict[str, int]) -> bool:
         left, right = self.registers[raw["rows_reg"]], self.registers[raw["x_reg"]]
@@ -199,22 +254,27 @@ class FunctionalMachine(MachineState):
     def _loada(self, values: dict[str, int]) -> list[Write]:
         rows, count, beats = values["rows"], values["count"], values["beats"]
         self._range(values["imm"], rows * count)
-        target = (values["x"] & 0xFFFF) + np.arange(rows)[:, None] * values["dst_stride"] + np.arange(beats)
-        if target.max(initial=-1) >= self.config.abuf_rows:
-            self._fail(FaultCause.BUFFER_RANGE, f"abuf row {target.max()} of {self.config.abuf_rows}")
+        name, first, size = "abuf", values["x"] & 0xFFFF, self.config.abuf_rows
+        if first >= ROUTER_ROWS_AT:
+            name, first, size = "routers", first - ROUTER_ROWS_AT, self.config.router_rows
+        target = first + np.arange(rows)[:, None] * values["dst_stride"] + np.arange(beats)
+        if target.max(initial=-1) >= size:
+            self._fail(FaultCause.BUFFER_RANGE, f"{name} row {target.max()} of {size}")
         lanes = self.config.vector_lanes
         if beats * lanes * 4 > count * self.config.superbeat_bytes:
             raise ProgramError(f"loada.beats must fit in {count} superbeats, not be {beats}")
-        data = linear(self.config, self.memories, values["imm"], rows * count).reshape(rows, -1).view(np.uint32)
-        self.load_abuf(target, data[:, : beats * lanes].reshape(rows, beats, lanes))
+        words = linear(self.config, self.memories, values["imm"], rows * count).reshape(rows, -1).view(np.uint32)
+        data = words[:, : beats * lanes].reshape(rows, beats, lanes)
+        if name == "abuf":
+            self.load_abuf(target, data)
+        else:
+            self.routers[:, target] = widen_half(np.stack((data, data >> 16)).astype(np.uint16))
         self.counters["activations_read"] += rows * count * self.config.superbeat_bytes
-        return [Write("abuf", target.ravel())]
+        return [Write(name, target.ravel())]
 
     def _loadkv(self, values: dict[str, int]) -> list[Write]:
-        config, key = self.config, tuple(values[name] for name in ("imm", "heads", "head_beats", "record"))
-        address, heads, head_beats, record = key
-        count = config.tile_tokens // config.ports * record
-        self._range(address, count)
+        config, heads, head_beats, record = self.config, *(values[name] for name in ("heads", "head_beats", "record"))
+        count, regions = config.tile_tokens // config.ports * record, self._regions(values)
         dims = head_beats * config.beat_elements
         if not heads or not head_beats or dims % config.lanes or 2 * heads * head_beats > record:
             raise ProgramError(f"loadkv: {heads} heads of {head_beats} beats (whole lanes) must fit "
@@ -222,31 +282,63 @@ class FunctionalMachine(MachineState):
         if heads * dims // config.lanes > config.kvbuf_heads:
             self._fail(FaultCause.BUFFER_RANGE, f"{heads} KV heads of {dims}, the KV buffer has {config.kvbuf_heads} "
                                                 f"x {config.lanes}")
-        self._matrix.tiles.append(self.cache.get(("kv", *key), address, address + count,
-                                          lambda: unpack_kv(config, self.memories, *key)))
+
+        def build() -> tuple[KvTile, list[Span]]:
+            addresses = regions + np.arange(config.tile_tokens) // config.ports * record
+            return (unpack_kv(config, self.memories, addresses, heads, head_beats),
+                    [(first, first + count) for first in np.unique(regions).tolist()])
+
+        place = regions if isinstance(regions, int) else regions.tobytes()
+        self._matrix.tiles.append(self.cache.get(("kv", heads, head_beats, record, place), build))
         self.counters["kv_read"] += count * config.superbeat_bytes
         return []
+
+    def _regions(self, values: dict[str, int]) -> int | np.ndarray:
+        """Where the KV tile would begin, by the layer that each record comes from: int64 [tile_tokens], or one for all.
+        """
+        config, record, first, layer = self.config, values["record"], values["x"], values["layer"]
+        if not values["reuse"]:
+            self._range(values["imm"], config.tile_tokens // config.ports * record)
+            return values["imm"]
+        tokens = np.arange(config.tile_tokens)
+        if first < 0:
+            raise ProgramError(f"loadkv: position must not be negative, but is {first}")
+        if first + len(tokens) > config.history_tokens:
+            self._fail(FaultCause.BUFFER_RANGE, f"history of positions {first}..{first + len(tokens) - 1}, "
+                                                f"{config.history_tokens} are remembered")
+        written = self.history[first : first + len(tokens), layer::-1]  # latest layer first
+        last = np.where(written.any(1), layer - written.argmax(1), 0)
+        regions = values["imm"] + last * values["layer_stride"]
+        addresses = regions + tokens // config.ports * record
+        for token in np.flatnonzero((addresses < 0) | (addresses + record > self.limit)):
+            self._range(int(addresses[token]), record, int(token) % config.ports)
+        return regions
 
     # ---- store unit
 
     def _storekv(self, values: dict[str, int]) -> list[Write]:
         record, beat, ports = values["record"], self._per_beat, self.config.ports
-        if values["rows"] * record > self.config.kvout_rows:
-            self._fail(FaultCause.BUFFER_RANGE, f"kvout row {values['rows'] * record - 1} of {self.config.kvout_rows}")
+        rows, layer = rows_of(values["mask"]).tolist(), values["layer"]
+        end = (rows[-1] + 1) * record
+        if end > self.config.kvout_rows:
+            self._fail(FaultCause.BUFFER_RANGE, f"kvout row {end - 1} of {self.config.kvout_rows}")
         if values["x"] < 0:
             raise ProgramError(f"storekv: position must not be negative, but is {values['x']}")
         data = self.kvout.view(np.uint8).reshape(-1, beat)
         addresses = []
-        for t in range(values["rows"]):
-            row, port = divmod(values["x"] + t, ports)
+        for t in rows:
+            position = values["x"] + t
+            row, port = divmod(position, ports)
             address = values["imm"] + row * record
             self._range(address, record, port)
             new = data[t * record : (t + 1) * record].ravel()
             self.memories[port][address * beat : (address + record) * beat] = new
             addresses.append(address)
-        if addresses:
-            self.cache.invalidate(min(addresses), max(addresses) + record)
-        self.counters["kv_written"] += values["rows"] * record * beat
+            if position < self.config.history_tokens:
+                self.history[position] &= layer > 0
+                self.history[position, layer] = True
+        self.cache.invalidate(min(addresses), max(addresses) + record)
+        self.counters["kv_written"] += len(rows) * record * beat
         return [Write("memory", np.unique(np.array(addresses, np.int64)[:, None] + np.arange(record)))]
 
     def _storel(self, values: dict[str, int]) -> list[Write]:

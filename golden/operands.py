@@ -21,6 +21,7 @@ __all__ = ["KvTile", "OperandCache", "ProgramError", "WeightTiles", "linear", "u
            "weight_superbeats"]
 
 _PLANES = {MatmulMode.W4: 1, MatmulMode.W4M: 1, MatmulMode.W8: 2}
+Span = tuple[int, int]
 _CHUNK = 2048  #: columns multiplied together: keeps a row's scaled dots in the processor's cache
 
 
@@ -64,19 +65,19 @@ class KvTile:
 
 
 class OperandCache:
-    """Most recently used operands by key, each with the span of superbeats [first, last) it was read from."""
+    """Most recently used operands by key, each with the spans of superbeats [first, last) it was read from."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.bytes = limit, 0
-        self.entries: OrderedDict[tuple, tuple[Any, int, int]] = OrderedDict()
+        self.entries: OrderedDict[tuple, tuple[Any, list[Span]]] = OrderedDict()
 
-    def get(self, key: tuple, first: int, last: int, build: Callable[[], Any]) -> Any:
-        """The operand under ``key``, built if it is not there."""
+    def get(self, key: tuple, build: Callable[[], tuple[Any, list[Span]]]) -> Any:
+        """The operand under ``key``; if it is not there, what ``build`` makes of the spans it returns with it."""
         if key in self.entries:
             self.entries.move_to_end(key)
             return self.entries[key][0]
-        value = build()
-        self.entries[key] = value, first, last
+        value, spans = build()
+        self.entries[key] = value, spans
         self.bytes += _size(value)
         while self.bytes > self.limit and len(self.entries) > 1:
             self._drop(next(iter(self.entries)))
@@ -84,7 +85,8 @@ class OperandCache:
 
     def invalidate(self, first: int, last: int) -> None:
         """Forget what was read from superbeats that overlap [first, last)."""
-        for key in [key for key, (_, begin, end) in self.entries.items() if begin < last and first < end]:
+        for key in [key for key, (_, spans) in self.entries.items()
+                    if any(begin < last and first < end for begin, end in spans)]:
             self._drop(key)
 
     def _drop(self, key: tuple) -> None:
@@ -152,14 +154,14 @@ def unpack_weights(config: OverlayConfig, mode: MatmulMode, stream: np.ndarray, 
             for h in range(heads)]
 
 
-def unpack_kv(config: OverlayConfig, memories: list[np.ndarray], address: int, heads: int, head_beats: int,
-              record: int) -> KvTile:
-    """The KV tile of tile_tokens records at a superbeat address."""
-    beat, rows = config.port_bits // 8, config.tile_tokens // config.ports
-    dims = head_beats * config.beat_elements
-    records = np.stack([memory[address * beat : (address + rows * record) * beat].view(np.uint16).reshape(rows, -1)
-                        for memory in memories], 1).reshape(config.tile_tokens, -1)
-    mantissa, exponent = align_kv(records[:, : 2 * heads * dims].reshape(config.tile_tokens, 2, heads, dims))
+def unpack_kv(config: OverlayConfig, memories: list[np.ndarray], addresses: np.ndarray, heads: int,
+              head_beats: int) -> KvTile:
+    """The KV tile of one record for each of tile_tokens tokens, at superbeat addresses; token i is behind port i mod P.
+    """
+    beat, dims = config.port_bits // 8, head_beats * config.beat_elements
+    index = addresses.reshape(-1, config.ports, 1) * beat + np.arange(2 * heads * head_beats * beat)
+    records = np.stack([memory[index[:, port]] for port, memory in enumerate(memories)], 1).view(np.uint16)
+    mantissa, exponent = align_kv(records.reshape(config.tile_tokens, 2, heads, dims))
     mantissa = mantissa.astype(np.float32)
     return KvTile(
         np.ascontiguousarray(mantissa[:, 0].transpose(1, 2, 0)).reshape(heads, -1, config.block, config.tile_tokens),

@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 from skipopu.hw.config import OverlayConfig
+from skipopu.hw.isa import MAX_LAYERS, RowList
 from skipopu.hw.registers import FaultCause
 
 from .arithmetic import LOWEST, widen
 
-__all__ = ["ALPHA_DROP", "BeatStream", "MAXIMUM_INIT", "MachineFault", "MachineState", "Nest", "Write", "nest"]
+__all__ = ["ALPHA_DROP", "BeatStream", "MAXIMUM_INIT", "MachineFault", "MachineState", "Nest", "RowLists", "Write",
+           "nest", "rows_of"]
 
 MAXIMUM_INIT = -32768  #: running maximum of a fresh softmax state
 ALPHA_DROP = 127  #: rescale exponent that means: forget
@@ -34,24 +36,62 @@ class Write(NamedTuple):
     rows: np.ndarray
 
 
+class RowLists:
+    """The rows of the chunk that instructions run for, as control keeps them: bit t of a mask stands for row t.
+
+    attention, mlp : rows that execute the module; present : rows of the last `route`. All of them before the first.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.every = (1 << tokens) - 1
+        self.clear()
+
+    def clear(self) -> None:
+        """Back to the start of a run."""
+        self.attention = self.mlp = self.present = self.every
+
+    def mask(self, kind: int) -> int:
+        """Rows in a RowList; 0 drops an instruction. Raises ValueError for what is no RowList."""
+        match RowList(kind):
+            case RowList.ATTENTION:
+                return self.attention
+            case RowList.MLP:
+                return self.mlp
+            case RowList.MLP_ONLY:
+                return self.mlp & ~self.attention
+            case RowList.NOT_MLP:
+                return self.present & ~self.mlp
+            case RowList.NO_ATTENTION:
+                return 0 if self.attention else self.every
+            case RowList.NO_MLP:
+                return 0 if self.mlp else self.every
+        return self.every
+
+
+@lru_cache(maxsize=4096)
+def rows_of(mask: int) -> np.ndarray:
+    """The rows in a mask, ascending."""
+    return np.array([t for t in range(mask.bit_length()) if mask >> t & 1], np.int64)
+
+
 @dataclass(frozen=True)
 class Nest:
     """The loops of an instruction: ``shape`` (h, g, t, beats) and the offset of each beat, int64 of that shape."""
 
     shape: tuple[int, int, int, int]
+    rows: np.ndarray  #: the t of each place along the third axis
     offset: np.ndarray
     span: int  #: largest offset + 1
     dense: bool  #: offsets are 0, 1, 2, ... in the order of the array
 
 
 @lru_cache(maxsize=4096)
-def nest(heads: int, groups: int, rows: int, beats: int, head_stride: int, group_stride: int, row_stride: int) -> Nest:
-    """The loops with these counts and strides."""
-    offset = sum(np.arange(count).reshape([-1 if axis == at else 1 for at in range(4)]) * stride
-                 for axis, (count, stride) in enumerate(
-                     [(heads, head_stride), (groups, group_stride), (rows, row_stride), (beats, 1)]))
-    offset = np.asarray(offset)
-    return Nest((heads, groups, rows, beats), offset, int(offset.max(initial=-1)) + 1,
+def nest(heads: int, groups: int, mask: int, beats: int, head_stride: int, group_stride: int, row_stride: int) -> Nest:
+    """The loops with these counts and strides; the loop over t takes the rows in ``mask``."""
+    rows = rows_of(mask)
+    offset = (np.arange(heads)[:, None, None, None] * head_stride + np.arange(groups)[:, None, None] * group_stride
+              + rows[:, None] * row_stride + np.arange(beats))
+    return Nest(offset.shape, rows, offset, int(offset.max(initial=-1)) + 1,
                 bool(np.array_equal(offset.ravel(), np.arange(offset.size))))
 
 
@@ -113,6 +153,9 @@ class MachineState:
     abuf float32 [abuf_rows, V]; mbuf int16 [mbuf_rows, K] with mbuf_exponents int16 and mbuf_sums int32 [mbuf_rows,
     blocks] and mbuf_emax int16 [mbuf_rows]; kvout uint16 [kvout_rows, E], FP16 bits; softmax states maximum, alpha
     and total, int64 [state_rows]; sumsq int64 [tokens]; inv_n, eps; argmax_index, argmax_value (FP32 bits).
+    For attention and MLP: routers float64 [2, router_rows, V], their weights; router_bias and scores (of each row that
+    was scored last) int64 [2] and [2, tokens], units of 2^-24. history bool [history_tokens, layers]: the layers that
+    wrote a KV record of a position.
     """
 
     def __init__(self, config: OverlayConfig) -> None:
@@ -129,7 +172,11 @@ class MachineState:
         self.alpha = np.zeros(config.state_rows, np.int64)
         self.sumsq = np.zeros(config.tokens, np.int64)
         self.inv_n = self.eps = np.float64(0)
-        self.row_scale: dict[tuple, np.ndarray] = {}  # 1 / rms by (first row, rows), until sumsq changes
+        self.row_scale: dict[tuple, np.ndarray] = {}  # 1 / rms by (first row, mask), until sumsq changes
+        self.routers = np.zeros((2, config.router_rows, config.vector_lanes))
+        self.router_bias = np.zeros(2, np.int64)
+        self.scores = np.full((2, config.tokens), -1, np.int64)
+        self.history = np.zeros((config.history_tokens, MAX_LAYERS), bool)
         self.argmax_index = 0
         self.argmax_value = int(np.float32(LOWEST).view(np.uint32))
         self.saturations = 0

@@ -169,8 +169,10 @@ class VectorUnit:
     def _score(self, values: dict[str, int], v: np.ndarray, span: Nest) -> Write:
         """Scores of the raw rows v [1, 1, t, beats, V] for both routers."""
         state, first, beats = self.state, values["x"], span.shape[-1]
-        if first < 0 or first + beats > state.config.router_rows:
-            self.fail(FaultCause.BUFFER_RANGE, f"router rows {first}..{first + beats - 1} of {state.config.router_rows}")
+        if first < 0:
+            raise ProgramError(f"the first row of the routers must not be negative, but is {first}")
+        if first + beats > state.config.router_rows:
+            self.fail(FaultCause.BUFFER_RANGE, f"routers row {first + beats - 1} of {state.config.router_rows}")
         p = mul(v[-1, -1], state.routers[:, None, first : first + beats])  # [2, t, beats, V]
         size = np.minimum(np.floor(np.abs(p) * 2.0**24 + 0.5), float(SCORE_LIMIT))
         term = np.copysign(size, p).astype(np.int64)

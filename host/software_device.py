@@ -36,17 +36,20 @@ class Run:
     tokens: tuple[int, ...]
     memory_limit: int  # superbeats, 0 if never set
     instruction_limit: int  # 0: none
+    forced: tuple[int, ...] | None = None  # ROUTES_FORCED where ROUTE_FORCE asks for it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What a run leaves in the registers.
 
-    registers : name -> value; beats_read, beats_written : of all ports together, spread evenly over their counters
+    registers : name -> value; routes : words of ROUTES, from the first on
+    beats_read, beats_written : of all ports together, spread evenly over their counters
     fault : (cause, instruction, port)
     """
 
     registers: dict[str, int]
+    routes: tuple[int, ...] = ()
     beats_read: int = 0
     beats_written: int = 0
     fault: tuple[FaultCause, int, int] | None = None
@@ -130,14 +133,22 @@ class SoftwareDevice(Device):
         if registers()[name].words == 2:
             self._registers[at + 4] = int(value) >> 32
 
+    def _forced(self) -> tuple[int, ...] | None:
+        if not self._get("ROUTE_FORCE") & 1:
+            return None
+        return tuple(self._get("ROUTES_FORCED", index) for index in range(registers()["ROUTES_FORCED"].count))
+
     def _run(self) -> None:
         tokens = tuple(self._get("TOKEN_TABLE", index) for index in range(self.config.tokens))
         outcome = self.execute(Run(
             program=self._get("PROGRAM"), length=self._get("PROGRAM_LENGTH"),
             arguments=tuple(self._get(name) for name in _ARGUMENTS), tokens=tokens,
-            memory_limit=self._get("MEMORY_LIMIT"), instruction_limit=self._get("INSTRUCTION_LIMIT")))
+            memory_limit=self._get("MEMORY_LIMIT"), instruction_limit=self._get("INSTRUCTION_LIMIT"),
+            forced=self._forced()))
         for name, value in outcome.registers.items():
             self._set(name, value)
+        for index, word in enumerate(outcome.routes):
+            self._set("ROUTES", word, index)
         for name, beats in (("BEATS_READ", outcome.beats_read), ("BEATS_WRITTEN", outcome.beats_written)):
             for port in range(self.config.ports):
                 self._set(name, beats // self.config.ports + (port < beats % self.config.ports), port)

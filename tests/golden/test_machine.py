@@ -260,7 +260,6 @@ MATMUL = {"mode": MatmulMode.W4, "heads": 1, "groups": 1, "rows": 1, "n_tiles": 
     ([encode("vnorm", imm=imm(4090), **ROW)], FaultCause.BUFFER_RANGE, 0, "abuf row 4105 of 4096"),
     ([encode("vnorm", imm=imm(0, 4096), **ROW)], FaultCause.BUFFER_RANGE, 0, "mbuf"),
     ([encode("vnorm", table=4095, **ROW)], FaultCause.BUFFER_RANGE, 0, "table"),
-    ([encode("vscale", **ROW | {"rows": 5})], FaultCause.BUFFER_RANGE, 0, "5 rows"),
     ([encode("storekv", imm=KV, rows=4, record=1024)], FaultCause.BUFFER_RANGE, 0, "kvout row 4095"),
     ([encode("matmul", **MATMUL)], FaultCause.WATCHDOG, 0, "needs 6 superbeats of weights, 6 are missing"),
     ([encode("vadd", **ROW)], FaultCause.WATCHDOG, 0, "needs 16 beats of matmul results, 0"),
@@ -295,6 +294,7 @@ def test_a_limit_below_the_memory_is_kept():
 
 @pytest.mark.parametrize("words, message", [
     ([encode("vnorm", **ROW | {"beats": 0})], "at least 1"),
+    ([encode("vscale", **ROW | {"rows": 5})], "at most 4, not 5"),
     ([encode("vnorm", **ROW | {"vector": 3})], "whole rows of 2 beats"),
     ([encode("vnorm", imm=imm(0, 1), **ROW)], "destination 1"),
     ([encode("matmul", **MATMUL | {"beats": 5})], "beats must reach into the last of 1"),
