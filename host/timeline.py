@@ -77,18 +77,15 @@ def blocks(program: Program, run: Sequence[Span]) -> list[Block]:
     """
     if not run:
         return []
-    order: list[tuple[int, str]] = []
-    ends: dict[tuple[int, str], int] = {}
+    ends: dict[tuple[int, str], int] = {}  # in the order of the run
     for span in run:
         note = program.notes[span.pc]
+        end = 0 if span.unit == Unit.LOAD else span.done
         key = (note.layer, note.module)
-        if key not in ends:
-            order.append(key)
-        if span.unit != Unit.LOAD:
-            ends[key] = max(ends.get(key, 0), span.done)
+        ends[key] = max(ends.get(key, 0), end)
     cut, begin = [], run[0].dispatch
-    for key in order:
-        end = max(ends.get(key, begin), begin)
+    for key, last in ends.items():
+        end = max(last, begin)
         cut.append(Block(*key, begin, end))
         begin = end
     return cut
