@@ -237,7 +237,7 @@ class Tuner:
         skip, attention, mlp = _rates(gates, self.share)
         loss = away + settings.sparsity * (settings.wanted(self.step) - skip).clamp(min=0)
         if not torch.isfinite(loss):
-            raise RouterError(f"the loss is {float(loss)} at step {self.step}; take lower learning rates")
+            raise RouterError(f"the loss is {float(loss.detach())} at step {self.step}; take lower learning rates")
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         for group in self.optimiser.param_groups:
