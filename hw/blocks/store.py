@@ -1,7 +1,8 @@
 """Store unit: STOREKV copies new KV records from KVOUT, each to its own port; STOREL stripes logits over all ports.
 
 One command at a time, done when memory has answered its last burst. Inside a command the ports overlap: a record is
-handed to its port's writer at one beat per cycle, and the next record goes to the next port.
+handed to its port's writer at one beat per cycle, and the next record goes to the next port. A row that is not in the
+command's mask takes one cycle.
 """
 
 from amaranth.hdl import Array, Cat, Module, Mux, Signal
@@ -13,7 +14,7 @@ from ..registers import FaultCause
 from .axi import AxiWrite
 from .axi_read import ADDRESS_BITS
 from .axi_write import AxiWriter
-from .command import Command, Fault, fields
+from .command import Command, Fault, Written, fields
 
 __all__ = ["StoreUnit"]
 
@@ -30,6 +31,8 @@ class StoreUnit(wiring.Component):
     logits : In(stream of V FP32), taken only during a STOREL
     fault : Out(Fault), stays; the unit then hands nothing more to memory until reset
     beats_written : Out(P), memory has taken a beat on a port
+    kv_written : a beat of a record was handed to its writer
+    written : Out(Written), one cycle per record once it was handed over, before done; three cycles apart or more
     """
 
     def __init__(self, *, config):
@@ -40,22 +43,25 @@ class StoreUnit(wiring.Component):
             "base": In(64).array(ports), "limit": In(ADDRESS_BITS), "axi": Out(AxiWrite(config.port_bits)).array(ports),
             "kvout_row": Out(range(config.kvout_rows)), "kvout_data": In(config.port_bits),
             "logits": In(stream.Signature(32 * config.vector_lanes)),
-            "fault": Out(Fault), "beats_written": Out(ports),
+            "fault": Out(Fault), "beats_written": Out(ports), "kv_written": Out(1), "written": Out(Written),
         })
 
     @staticmethod
     def model(config, memory, source, mnemonic, **f):
         """Write to memory, uint8 [P, superbeats, port bytes], what one command writes; ``f`` holds its fields with the
-        registers added. source : uint8 KVOUT [kvout_rows, port bytes] (STOREKV) or logits [beats, 4 V] (STOREL)."""
+        registers added, and the mask if not all rows run. Returns the (position, layer) of the records written.
+        source : uint8 KVOUT [kvout_rows, port bytes] (STOREKV) or logits [beats, 4 V] (STOREL)."""
         if mnemonic == "storel":
             count = f["rows"] * f["count"]
             striped = source.reshape(count, config.ports, config.port_bits // 8)
             memory[:, f["imm"]:f["imm"] + count] = striped.transpose(1, 0, 2)
-            return
-        for t in range(f["rows"]):
+            return []
+        listed = [t for t in range(f["rows"]) if f.get("mask", -1) >> t & 1]
+        for t in listed:
             position, record = f["x"] + t, f["record"]
             start = f["imm"] + position // config.ports * record
             memory[position % config.ports, start:start + record] = source[t * record:(t + 1) * record]
+        return [(f["x"] + t, f.get("layer", 0)) for t in listed]
 
     def elaborate(self, platform):
         m = Module()
@@ -71,23 +77,31 @@ class StoreUnit(wiring.Component):
 
         command = self.cmd.payload
         storekv, storel = (fields(command.body, _LAYOUTS[name]) for name in ("storekv", "storel"))
-        is_logits, pc = Signal(), Signal.like(command.pc)
-        address = Signal(ADDRESS_BITS + 1)  # of the record or of all logits; one bit more, so that an overrun shows
+        is_logits, pc, layer = Signal(), Signal.like(command.pc), Signal.like(storekv.layer)
+        # Of the record or of all logits. Two bits more, so that an overrun shows, also one behind rows not in the list.
+        address = Signal(ADDRESS_BITS + 2)
         product = Signal(len(command.rows) + len(storel.count))
         length = Signal.like(product)  # beats of one run
-        tokens = Signal(12)
-        port = Signal(max(port_shift, 1))
+        left = Signal(config.tokens)  # rows from the current one (bit 0) on
+        position = Signal.like(self.written.position)
+        port = position[:port_shift]
         waiting = Signal(config.ports)  # writers that have not taken the run
-        left = Signal.like(length)  # beats (STOREKV) or superbeats (STOREL) of the run, not handed over
-        row = Signal(17)  # of KVOUT, the first of the record
-        record_end = Signal(17)
+        beats_left = Signal.like(length)  # beats (STOREKV) or superbeats (STOREL) of the run, not handed over
+        row = Signal(len(storekv.record) + len(left).bit_length())  # of KVOUT, the first of the record
+        record_end = Signal.like(row)
         run_end = Signal(len(length) + 2)
-        m.d.comb += [run_end.eq(address + length), record_end.eq(row + length)]
+        m.d.comb += [run_end.eq(address + length), record_end.eq(row + length),
+                     self.written.position.eq(position), self.written.layer.eq(layer)]
 
         def fail(cause, at=0):
             with m.If(~self.fault.valid):
                 m.d.sync += [self.fault.valid.eq(1), self.fault.cause.eq(cause), self.fault.pc.eq(pc),
                              self.fault.port.eq(at)]
+
+        def next_record():
+            m.d.sync += [left.eq(left >> 1), row.eq(record_end), position.eq(position + 1)]
+            with m.If(port == config.ports - 1):
+                m.d.sync += address.eq(run_end)
 
         # KVOUT answers one cycle later: `held` says that kvout_data is the next beat; its row stays until it is taken.
         next_row, fetch_left, held, handed = Signal(row_bits), Signal(16), Signal(), Signal()
@@ -109,14 +123,14 @@ class StoreUnit(wiring.Component):
                 writer.runs.valid.eq(waiting[p]), writer.runs.payload.address.eq(address),
                 writer.runs.payload.count.eq(length),
                 writer.data.payload.eq(Mux(is_logits, mine, self.kvout_data)),
-                writer.data.valid.eq(Mux(is_logits, unpack, offered & (port[:port_shift] == p))),
+                writer.data.valid.eq(Mux(is_logits, unpack, offered & (port == p))),
             ]
             with m.If(writer.runs.valid & writer.runs.ready):
                 m.d.sync += waiting[p].eq(0)
         m.d.comb += [
             offered.eq(held & ~self.fault.valid),
             unpack.eq(packed & ~self.fault.valid & Cat(writer.data.ready for writer in writers).all()),
-            handed.eq(offered & data_ready[port[:port_shift]]),
+            handed.eq(offered & data_ready[port]), self.kv_written.eq(handed),
             fetch.eq((fetch_left != 0) & (~held | handed)),
             self.kvout_row.eq(Mux(held & ~handed, held_row, next_row)),
             self.logits.ready.eq(packing & (~packed | unpack)),
@@ -143,8 +157,8 @@ class StoreUnit(wiring.Component):
                     logits = command.opcode == _LAYOUTS["storel"].opcode
                     m.d.sync += [
                         is_logits.eq(logits), pc.eq(command.pc), address.eq(command.imm.as_unsigned()),
-                        tokens.eq(Mux(logits, 1, command.rows)), length.eq(storekv.record), row.eq(0),
-                        port.eq(command.x[:port_shift]),
+                        left.eq(Mux(logits, 1, command.mask)), length.eq(storekv.record), row.eq(0),
+                        position.eq(command.x), layer.eq(storekv.layer),
                         product.eq(Mux(logits, command.rows, command.x.as_unsigned() >> port_shift)
                                    * Mux(logits, storel.count, storekv.record)),
                     ]
@@ -156,8 +170,10 @@ class StoreUnit(wiring.Component):
                     m.d.sync += address.eq(address + product)
                 m.next = "CHECK"
             with m.State("CHECK"):
-                with m.If((tokens == 0) | (length == 0)):
+                with m.If((left == 0) | (length == 0)):
                     m.next = "DRAIN"
+                with m.Elif(~left[0]):
+                    next_record()
                 with m.Elif(~is_logits & (record_end > config.kvout_rows)):
                     fail(FaultCause.BUFFER_RANGE)
                     m.next = "STOP"
@@ -165,17 +181,16 @@ class StoreUnit(wiring.Component):
                     fail(FaultCause.MEMORY_RANGE, Mux(is_logits, 0, port))
                     m.next = "STOP"
                 with m.Else():
-                    m.d.sync += [waiting.eq(Mux(is_logits, ~0, 1 << port[:port_shift])), left.eq(length),
+                    m.d.sync += [waiting.eq(Mux(is_logits, ~0, 1 << port)), beats_left.eq(length),
                                  next_row.eq(row), fetch_left.eq(Mux(is_logits, 0, length))]
                     m.next = "MOVE"
             with m.State("MOVE"):
-                m.d.comb += packing.eq(is_logits & (left > packed))
+                m.d.comb += packing.eq(is_logits & (beats_left > packed))
                 with m.If(handed | unpack):
-                    m.d.sync += left.eq(left - 1)
-                with m.If(left == 0):
-                    m.d.sync += [tokens.eq(tokens - 1), row.eq(record_end), port.eq(port + 1)]
-                    with m.If(port[:port_shift] == config.ports - 1):
-                        m.d.sync += address.eq(run_end)
+                    m.d.sync += beats_left.eq(beats_left - 1)
+                with m.If(beats_left == 0):
+                    m.d.comb += self.written.valid.eq(~is_logits)
+                    next_record()
                     m.next = "CHECK"
             with m.State("DRAIN"):
                 with m.If(self.fault.valid):  # an error is reported before its writer turns idle

@@ -9,14 +9,14 @@ from amaranth.back import rtlil
 from axi_memory import DECERR, SLVERR, AxiMemory
 from cocotb.triggers import ClockCycles, RisingEdge
 from commands import command_source
-from skipopu.hw.blocks.command import Fault
+from skipopu.hw.blocks.command import Fault, Written
 from skipopu.hw.blocks.store import StoreUnit
 from skipopu.hw.config import PRESETS, OverlayConfig, preset
 from skipopu.hw.registers import FaultCause
 from skipopu.sim.bench import Stall, StreamSource, bench, bench_parameters, cycle, run_bench, unpack
 
 TINY = preset("tiny")
-WIDE = dataclasses.replace(TINY, name="wide", ports=8)  # four rows of logits in a superbeat
+WIDE = dataclasses.replace(TINY, name="wide", ports=8, tokens=16)  # four rows of logits in a superbeat
 SUPERBEATS = 2048
 
 
@@ -39,13 +39,18 @@ class Bench:
                                         latency=latency, stall=stall, seed=seed, errors=refused))
         dut.limit.value = SUPERBEATS
         self.logits = StreamSource(dut, "logits", stall=stall, seed=seed)
-        self.done = []
-        cocotb.start_soon(self._count_done())
+        self.done, self.written, self.kv_written = [], [], 0
+        cocotb.start_soon(self._watch())
         cocotb.start_soon(self._serve_kvout())
 
-    async def _count_done(self):
+    async def _watch(self):
         while True:
             await RisingEdge(self.dut.clk)
+            self.kv_written += int(self.dut.kv_written.value)
+            note = unpack(Written, self.dut.written.value.to_unsigned())
+            if note["valid"]:
+                assert not self.dut.done.value, "records are noted before done"
+                self.written.append((cycle(), note["position"], note["layer"], len(self.done)))
             if self.dut.done.value:
                 self.done.append((cycle(), self.image()))
 
@@ -56,18 +61,18 @@ class Bench:
             self.dut.kvout_data.value = int.from_bytes(row.tobytes(), "little")
 
     def send(self, commands, **options):
-        """Send commands and the logits of STOREL; the model follows each."""
-        images = []
+        """Send commands and the logits of STOREL; the model follows each: (memory, records noted) after it."""
+        after = []
         for name, fields in commands:
             source = self.kvout
             if name == "storel":
                 beats = fields["rows"] * fields["count"] * self.config.superbeat_bytes // (4 * self.config.vector_lanes)
                 source = self.rng.integers(0, 256, (beats, 4 * self.config.vector_lanes), np.uint8)
                 self.logits.send(int.from_bytes(line.tobytes(), "little") for line in source)
-            StoreUnit.model(self.config, self.expected, source, name, **fields)
-            images.append([port.tobytes() for port in self.expected])
+            noted = StoreUnit.model(self.config, self.expected, source, name, **fields)
+            after.append(([port.tobytes() for port in self.expected], noted))
         command_source(self.dut, self.config, commands, **options)
-        return images
+        return after
 
     def image(self):
         return [bytes(port.data) for port in self.ports]
@@ -83,7 +88,8 @@ class Bench:
 
 
 def make_commands(config, rng, count):
-    last = SUPERBEATS * config.ports
+    last, tokens = SUPERBEATS * config.ports, config.tokens
+    every = (1 << tokens) - 1
     yield from [
         ("storekv", {"imm": 0, "rows": 1, "x": 0, "record": 1}),
         ("storekv", {"imm": 3, "rows": 0, "x": 0, "record": 9}),
@@ -91,6 +97,11 @@ def make_commands(config, rng, count):
         ("storekv", {"imm": 1, "rows": 4, "x": 3, "record": config.kvout_rows // 4}),
         ("storekv", {"imm": SUPERBEATS - 8, "rows": 1, "x": config.ports - 1, "record": 8}),
         ("storekv", {"imm": 0, "rows": 1, "x": last - 1, "record": 1}),
+        ("storekv", {"imm": 9, "rows": 4, "x": 0, "record": 3, "mask": 0b1001, "layer": 63}),
+        ("storekv", {"imm": 9, "rows": 4, "x": 5, "record": 1, "mask": 0b0100, "layer": 1}),
+        ("storekv", {"imm": 2, "rows": tokens, "x": config.ports - 1, "record": config.kvout_rows // tokens,
+                     "mask": every ^ 1}),
+        ("storekv", {"imm": 0, "rows": tokens, "x": 1, "record": 7, "mask": 1 << tokens - 1, "layer": 40}),
         ("storel", {"imm": SUPERBEATS - 1, "rows": 1, "count": 1}),
         ("storel", {"imm": 5, "rows": 2, "count": 0}),
         ("storel", {"imm": 7, "rows": 3, "count": 21}),
@@ -100,8 +111,9 @@ def make_commands(config, rng, count):
             yield "storel", {"imm": int(rng.integers(1500)), "rows": int(rng.integers(1, 4)),
                              "count": int(rng.integers(1, 40))}
         else:
-            yield "storekv", {"imm": int(rng.integers(500)), "rows": int(rng.integers(1, 5)),
-                              "x": int(rng.integers(8 * config.ports)), "record": int(rng.integers(1, 40))}
+            yield "storekv", {"imm": int(rng.integers(500)), "rows": tokens, "layer": int(rng.integers(64)),
+                              "mask": int(rng.integers(1, every + 1)), "x": int(rng.integers(8 * config.ports)),
+                              "record": int(rng.integers(1, 40))}
 
 
 @bench(stall=Stall, seed=[1], timeout_cycles=100_000)
@@ -109,12 +121,16 @@ async def writes_what_the_model_says(dut, stall, seed):
     """Checked at every done: all of the command is in memory, nothing else, nothing of the next command yet."""
     b = Bench(dut, stall=stall, seed=seed)
     commands = list(make_commands(b.config, b.rng, 6))
-    images = b.send(commands, stall=stall, seed=seed)
+    after = b.send(commands, stall=stall, seed=seed)
     await b.finish(len(commands))
-    for (name, fields), (_, got), want in zip(commands, b.done, images):
+    for index, ((name, fields), (_, got), (want, noted)) in enumerate(zip(commands, b.done, after)):
         assert got == want, f"{name} {fields}"
+        assert [record for _, *record, command in b.written if command == index] == [list(pair) for pair in noted]
     await ClockCycles(dut.clk, 50)
-    assert b.image() == images[-1] and len(b.done) == len(commands) and not dut.busy.value
+    assert b.image() == after[-1][0] and len(b.done) == len(commands) and not dut.busy.value
+    assert b.kv_written == sum(fields["record"] * len(noted) for (name, fields), (_, noted) in zip(commands, after)
+                               if name == "storekv")
+    assert min(np.diff([at for at, *_ in b.written])) >= 3
 
 
 @bench(command=[("storekv", {"imm": 0, "rows": 3, "x": 1, "record": 4}), ("storel", {"imm": 0, "rows": 1, "count": 4})])
@@ -135,6 +151,19 @@ async def copies_a_beat_in_every_cycle(dut):
     assert b.done[0][0] - started < 4 * (200 + 5) + 40
 
 
+@bench()
+async def a_row_not_in_the_list_takes_a_cycle(dut):
+    b = Bench(dut, latency=5)
+    times = []
+    for mask in (0b0001, 0b1000):
+        started = cycle()
+        b.send([("storekv", {"imm": 0, "rows": 4, "x": 0, "record": 8, "mask": mask})])
+        await b.finish(len(times) + 1)
+        times.append(b.done[-1][0] - started)
+        await ClockCycles(dut.clk, 20)
+    assert times[1] - times[0] == 3
+
+
 @bench(command=["storekv", "storel"], port=[0, 1], code=[SLVERR, DECERR])
 async def stops_at_a_write_error(dut, command, port, code):
     b = Bench(dut, errors=[(port, 7, code)])
@@ -150,6 +179,7 @@ async def stops_at_a_write_error(dut, command, port, code):
     ("storekv", {"imm": SUPERBEATS - 8, "rows": 2, "x": 7, "record": 5}),
     ("storekv", {"imm": 0, "rows": 1, "x": -1, "record": 5}),
     ("storekv", {"imm": -1, "rows": 1, "x": 0, "record": 1}),
+    ("storekv", {"imm": -1, "rows": 4, "x": -3, "record": 255, "mask": 0b1000}),
     ("storel", {"imm": SUPERBEATS - 5, "rows": 2, "count": 3}),
     ("storel", {"imm": 0, "rows": 4095, "count": (1 << 24) - 1}),
     ("storel", {"imm": -1, "rows": 1, "count": 1}),
@@ -166,14 +196,16 @@ async def refuses_addresses_beyond_the_limit(dut, command):
     assert not b.done
 
 
-@bench()
-async def refuses_rows_beyond_kvout(dut):
+@bench(mask=[0b0001, 0b0100, 0b1000])
+async def refuses_rows_beyond_kvout(dut, mask):
     b = Bench(dut)
-    command_source(dut, b.config, [("storekv", {"imm": 0, "rows": 1, "x": 0, "record": b.config.kvout_rows + 1})])
+    record = b.config.kvout_rows // mask.bit_length() + 1
+    command_source(dut, b.config, [("storekv", {"imm": 0, "rows": 4, "x": 0, "record": record, "mask": mask})])
     assert await b.fault() == {"cause": FaultCause.BUFFER_RANGE, "port": 0, "pc": 100}
 
 
 BENCHES = (writes_what_the_model_says, is_done_after_the_last_response, copies_a_beat_in_every_cycle,
+           a_row_not_in_the_list_takes_a_cycle,
            stops_at_a_write_error, refuses_addresses_beyond_the_limit, refuses_rows_beyond_kvout)
 
 
