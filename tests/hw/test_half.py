@@ -5,16 +5,16 @@ from math import floor
 
 import numpy as np
 import pytest
-from amaranth.hdl import Module, signed
+from amaranth.hdl import Cat, Module, signed
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from lanes import Lanes, check_lanes, spread_floats
-from skipopu.hw.blocks.half import ToFixed, ToHalf, half_parts, half_parts_model
+from skipopu.hw.blocks.half import ToFixed, ToHalf, half_parts, half_parts_model, widen, widen_model
 from skipopu.sim.bench import bench, bench_parameters, run_bench
 from test_fp import CORNERS, from_float64, to_float64
 
 COUNT = 10_000
-FORMATS = [(24, 56), (30, 30)]  # sum of squares, probability
+FORMATS = [(24, 56), (30, 30), (24, 44)]  # sum of squares, probability, router score
 
 
 def half_arguments(seed):
@@ -43,17 +43,17 @@ def fixed_arguments(seed, fraction, limit):
 
 
 class HalfParts(wiring.Component):
-    """``half_parts`` behind a register."""
+    """``half_parts`` and ``widen`` behind registers."""
 
     latency = 1
 
     def __init__(self):
-        super().__init__({"bits": In(16), "en": In(1), "sig": Out(signed(12)), "es": Out(5)})
+        super().__init__({"bits": In(16), "en": In(1), "sig": Out(signed(12)), "es": Out(5), "wide": Out(32)})
 
     def elaborate(self, platform):
         m = Module()
         with m.If(self.en):
-            m.d.sync += [out.eq(value) for out, value in zip((self.sig, self.es), half_parts(self.bits))]
+            m.d.sync += [Cat(self.sig, self.es).eq(Cat(half_parts(self.bits))), self.wide.eq(widen(self.bits))]
         return m
 
 
@@ -75,7 +75,7 @@ async def converts_to_fixed(dut, seed):
 async def splits(dut):
     bits = np.arange(1 << 16)
     sig, es = half_parts_model(bits)
-    await check_lanes(dut, count=16, inputs={"bits": bits}, outputs={"sig": sig, "es": es})
+    await check_lanes(dut, count=16, inputs={"bits": bits}, outputs={"sig": sig, "es": es, "wide": widen_model(bits)})
 
 
 def test_half_equals_model():
@@ -114,6 +114,16 @@ def test_half_parts_model_is_numpy_for_finite_numbers():
     expected = bits.astype(np.uint16).view(np.float16).astype(np.float64)
     np.testing.assert_array_equal(np.ldexp(sig.astype(np.float64), es - 25)[finite], expected[finite])
     assert half_parts_model(0x7C01) == (1025, 31)
+
+
+def test_widening_is_exact_for_normal_numbers():
+    bits = np.arange(1 << 16)
+    field = bits >> 10 & 31
+    normal = (field > 0) & (field < 31)
+    expected = bits.astype(np.uint16).view(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(widen_model(bits)[normal], expected[normal].view(np.uint32))
+    assert not widen_model(bits)[field == 0].any()
+    assert to_float64(widen_model(np.array([0x7C00, 0xFFFF]))).tolist() == [65536, -131008]
 
 
 @pytest.mark.parametrize("fraction, limit", FORMATS)

@@ -30,7 +30,13 @@ def floats(rng, rows, *, strange=0.05, low=112, high=134):
 
 
 def total(values):
-    return values["heads"] * values["groups"] * values["rows"] * values["beats"]
+    return values["heads"] * values["groups"] * values["mask"].bit_count() * values["beats"]
+
+
+def some_rows(rng, rows):
+    """A mask of ``rows`` rows, in half of all cases the lowest ones."""
+    picked = range(rows) if rng.integers(2) else rng.permutation(TINY.tokens)[:rows]
+    return sum(1 << int(t) for t in picked)
 
 
 def sizes(rng, limit=12):
@@ -41,15 +47,17 @@ def sizes(rng, limit=12):
             return heads, groups, rows
 
 
-def instruction(rng, mnemonic, *, shape=None, beats=None, wild=0.05, **fixed):
-    """(mnemonic, fields, results) with random geometry inside the operand areas."""
+def instruction(rng, mnemonic, *, shape=None, beats=None, mask=None, wild=0.05, **fixed):
+    """(mnemonic, fields, results) with random geometry inside the operand areas. shape : heads, groups, rows in mask"""
     aligned = mnemonic in ("vnorm", "vadd", "vswiglu", "vscale", "vrope", "vprob")
     unit = {"vswiglu": 2 * PER_ROW}.get(mnemonic, PER_ROW if aligned else 1)
     single = mnemonic in ("vnorm", "vadd", "vlogits")  # one sum, one argmax: no heads and groups
     if shape is None:
         shape = (1, 1, int(rng.integers(1, TINY.tokens + 1))) if single else sizes(rng)
+    if mask is None:
+        mask = some_rows(rng, shape[2])
     beats = beats or unit * int(rng.integers(1, (24 if single else 12) // unit + 2))
-    values = geometry(rng, *shape, beats, unit=unit)
+    values = geometry(rng, *shape[:2], mask.bit_length(), beats, unit=unit) | {"mask": mask}
     span = sum((values[a] - 1) * values[b] for a, b in (
         ("heads", "head_stride"), ("groups", "group_stride"), ("rows", "row_stride"))) + beats
     assert span < 1024
@@ -58,7 +66,7 @@ def instruction(rng, mnemonic, *, shape=None, beats=None, wild=0.05, **fixed):
     wrap = int(rng.choice([0, 1 + beats // 32, 3, beats]))  # at most 32 turns, each of them has softmax states
     values |= {"imm": source | target << 16, "x": 0, "table": TABLE + int(rng.integers(0, 128)),
                "table_stride": int(rng.integers(0, 30)), "wrap": wrap, "scale": int(rng.choice(list(RowScale))),
-               "dest": 0, "vector": PER_ROW * int(rng.integers(1, 7))} | fixed
+               "dest": 0, "vector": PER_ROW * int(rng.integers(1, 7)), "route": 0} | fixed
     stream = mnemonic not in ("vnorm", "vprob", "vscale")
     return mnemonic, values, accumulators(rng, total(values), V, wild=wild) if stream else None
 
@@ -74,27 +82,29 @@ async def prepare(dut, rng, **settings):
     return machine
 
 
-async def attend(machine, rng, *, shape, x=None, exponent=4, scores=None, beats=VECTORS, wild=0.05):
-    """One KV tile: scores, probabilities, merge; at most ABUF's operand area."""
+async def attend(machine, rng, *, shape, mask=None, x=None, exponent=4, scores=None, beats=VECTORS, wild=0.05):
+    """One KV tile: scores, probabilities, merge; at most ABUF's operand area. shape : heads, groups, rows in mask"""
+    mask = (1 << shape[2]) - 1 if mask is None else mask
     machine.tiles.append(rng.integers(1, 32, (shape[0], TINY.tile_tokens)))
-    strides = {"row_stride": VECTORS, "group_stride": VECTORS * shape[2], "head_stride": VECTORS * shape[1] * shape[2]}
-    nest = dict(zip(("heads", "groups", "rows"), shape)) | {"beats": beats} | strides
+    rows = mask.bit_length()
+    strides = {"row_stride": VECTORS, "group_stride": VECTORS * rows, "head_stride": VECTORS * shape[1] * rows}
+    nest = {"heads": shape[0], "groups": shape[1], "rows": rows, "mask": mask, "beats": beats} | strides
     x = int(rng.integers(-2, TINY.tile_tokens)) if x is None else x
-    rest = {"table": 0, "table_stride": 0, "wrap": 0, "scale": 0, "dest": 0, "vector": VECTORS, "x": x}
+    rest = {"table": 0, "table_stride": 0, "wrap": 0, "scale": 0, "dest": 0, "vector": VECTORS, "x": x, "route": 0}
     source = int(rng.integers(0, 256))
     if scores is None:
         scores = accumulators(rng, total(nest), V, wild=wild, exponent=exponent)
     await machine.run(("vscore", nest | rest | {"imm": source}, scores))
     await machine.run(("vprob", nest | rest | {"imm": source | 64 << 16}, None))
-    await machine.run(instruction(rng, "vmerge", shape=shape, beats=int(rng.integers(1, 4))))
+    await machine.run(instruction(rng, "vmerge", shape=shape, mask=mask, beats=int(rng.integers(1, 4))))
 
 
 def choices(rng):
     """One of each instruction that needs no softmax state of its own, with random geometry."""
     for mnemonic in ("vnorm", "vadd", "vswiglu", "vscale", "vmerge"):
         yield instruction(rng, mnemonic)
-    rows = int(rng.integers(1, TINY.tokens + 1))
-    yield instruction(rng, "vlogits", shape=(1, 1, rows), x=int(rng.integers(0, TINY.tokens + 1 - rows)),
+    rows = int(rng.integers(1, 1 << TINY.tokens))
+    yield instruction(rng, "vlogits", mask=rows, x=int(rng.integers(0, TINY.tokens + 1 - rows.bit_length())),
                       imm=int(rng.integers(1, 100)))
     for destination in Destination:
         yield instruction(rng, "vrope", dest=int(destination))
@@ -134,13 +144,14 @@ async def softmax_over_tiles(dut, stall, seed):
     machine = await prepare(dut, rng, stall=stall, seed=seed)
     for shape in ((2, 3, 4), (1, 1, 1), (3, 1, 2)):
         await machine.run(("vinit", {}, None))
+        mask = some_rows(rng, shape[2])
         # x: the last column that row 0 may see; -4 masks every row of a tile.
         for x, exponent in ((-4, 4), (0, 2), (-1, 3), (TINY.tile_tokens, 8), (5, 0), (7, 16), (3, -3)):
-            await attend(machine, rng, shape=shape, x=x, exponent=exponent)
+            await attend(machine, rng, shape=shape, mask=mask, x=x, exponent=exponent)
         states = shape[0] * shape[1]
         wrap = PER_ROW * int(rng.integers(1, 3))
         for mnemonic in ("vscale", "vrope"):
-            await machine.run(instruction(rng, mnemonic, shape=(1, 1, shape[2]), beats=states * wrap, wrap=wrap,
+            await machine.run(instruction(rng, mnemonic, mask=mask, beats=states * wrap, wrap=wrap,
                                           scale=int(RowScale.RECIPROCAL), dest=int(Destination.MBUF)))
 
 
@@ -172,7 +183,8 @@ async def masks_the_columns_beyond_the_limit(dut):
     rng = np.random.default_rng(7)
     machine = await prepare(dut, rng)
     for x in (-32768, -5, -4, -3, -1, 0, 1, 3, 4, 14, 15, 16, 32767):
-        await machine.run(instruction(rng, "vscore", shape=(1, 2, 4), beats=VECTORS, x=x))
+        await machine.run(instruction(rng, "vscore", shape=(1, 2, 4), beats=VECTORS, x=x),
+                          instruction(rng, "vscore", shape=(1, 1, 2), mask=0b1010, beats=VECTORS, x=x))
     for beats in range(1, VECTORS):
         await machine.run(instruction(rng, "vscore", shape=(2, 1, 4), beats=beats, x=2))
 
@@ -183,7 +195,7 @@ async def logits_leave_in_order(dut, stall, logits_stall):
     rng = np.random.default_rng(8)
     machine = await prepare(dut, rng, stall=stall, logits_stall=logits_stall)
     await machine.run(instruction(rng, "vlogits", shape=(1, 1, 3), beats=37, imm=1000, wild=0),
-                      instruction(rng, "vlogits", shape=(1, 1, 1), beats=50, imm=1000, x=3, wild=0))
+                      instruction(rng, "vlogits", mask=1, beats=50, imm=1000, x=3, wild=0))
 
 
 @bench()
@@ -232,12 +244,50 @@ async def sums_saturate_and_halves_clamp(dut):
     assert machine.count["saturated"] > 0
 
 
+def biases(attention, mlp):
+    return "vbias", {"imm": int(attention), "mlp": int(mlp)}, None
+
+
+@bench(stall=[Stall.NEVER, Stall.HALF], seed=[1, 2], timeout_cycles=60_000)
+async def routers_decide_for_the_rows_that_run(dut, stall, seed):
+    """Weights of every kind; scores far from zero, and a unit on either side of it. Other rows keep their decision."""
+    rng = np.random.default_rng(seed)
+    machine = await prepare(dut, rng, stall=stall, load_stall=stall, seed=seed)
+    await machine.take_buffers()
+    ordinary = rng.normal(0, 0.1, (TINY.router_rows, V, 2)).astype(np.float16).view(np.uint16)
+    wild = rng.integers(0, 1 << 16, ordinary.shape, dtype=np.uint16)
+    await machine.write_routers(0, np.where(rng.random(ordinary.shape) < 0.03, wild, ordinary))
+
+    def routed(mnemonic, **fixed):
+        item = instruction(rng, mnemonic, **fixed | {"route": 1})
+        item[1]["x"] = int(rng.integers(0, TINY.router_rows + 1 - item[1]["beats"]))
+        return item
+
+    extremes = [0, 1, -1, (1 << 31) - 1, -(1 << 31)]
+    for _ in range(4):
+        await machine.run(biases(*rng.choice(extremes, 2)), routed("vnorm"), instruction(rng, "vadd"))
+        await machine.run(routed("vadd"))
+    await machine.write_routers(0, ordinary)
+    await machine.write_abuf(SOURCE, floats(rng, 1024, strange=0, low=110, high=127))
+    for t in range(TINY.tokens):
+        item = routed("vnorm", mask=1 << t)  # so small that the bias can take its scores to zero
+        await machine.run(biases(0, 0), item)
+        scores = machine.state.scores[:, t].copy()
+        assert (np.abs(scores) < 1 << 31).all() and scores.any()
+        for above in ((0, 0), (-1, 0), (0, -1), (1, -1)):
+            await machine.run(biases(*np.array(above) - scores), item)
+            assert (machine.state.scores[:, t] == above).all()
+    await machine.compare_everything()
+
+
 @bench()
 async def takes_a_beat_in_every_cycle(dut):
     """Without stalls the stream flows at one beat a cycle; the unit waits only for a stream that stalls."""
     rng = np.random.default_rng(11)
     machine = await prepare(dut, rng)
-    for mnemonic, fixed in (("vadd", {}), ("vrope", {"wrap": 4}), ("vswiglu", {}), ("vmerge", {}), ("vlogits", {})):
+    await machine.write_routers(0, np.zeros((48, V, 2), np.uint16))
+    for mnemonic, fixed in (("vadd", {}), ("vadd", {"route": 1}), ("vadd", {"mask": 0b1010}), ("vrope", {"wrap": 4}),
+                            ("vswiglu", {}), ("vmerge", {}), ("vlogits", {})):
         machine.acc_cycles.clear()
         machine.count["waiting"] = 0
         await machine.run(instruction(rng, mnemonic, shape=(1, 1, 2), beats=48, scale=0, **fixed))
@@ -256,4 +306,5 @@ async def takes_a_beat_in_every_cycle(dut):
 def test_instructions():
     run_bench(VectorUnit(config=TINY), every_instruction_matches, queued_instructions_match, softmax_over_tiles,
               running_maximum_corners, masks_the_columns_beyond_the_limit, logits_leave_in_order,
-              argmax_of_the_last_row, sums_saturate_and_halves_clamp, takes_a_beat_in_every_cycle)
+              argmax_of_the_last_row, sums_saturate_and_halves_clamp, routers_decide_for_the_rows_that_run,
+              takes_a_beat_in_every_cycle)

@@ -6,11 +6,12 @@ import cocotb
 import numpy as np
 from cocotb.triggers import First, RisingEdge, ValueChange
 from commands import as_command
-from skipopu.golden.arithmetic import from_int
+from skipopu.golden.arithmetic import from_int, widen_half
 from skipopu.golden.state import BeatStream, MachineState
 from skipopu.golden.vector import VectorUnit
 from skipopu.hw.blocks.command import Command
 from skipopu.hw.blocks.mbuf import AlignedRow
+from skipopu.hw.isa import ROUTER_ROWS_AT
 from skipopu.sim.bench import StreamSink, StreamSource, cycle, unpack
 
 __all__ = ["VectorBench", "accumulators", "geometry"]
@@ -133,6 +134,13 @@ class VectorBench:
         self.send_rows(first, values)
         await self.load.sent()
 
+    async def write_routers(self, first, weights):
+        """Write rows of the router buffer as LOADA does: FP16 bits, uint16 [rows, V, 2], attention and MLP."""
+        self.state.routers[:, first:first + len(weights)] = np.moveaxis(widen_half(weights), -1, 0)
+        self.load.send(ROUTER_ROWS_AT + first + i | int.from_bytes(row.astype("<u2").tobytes(), "little") << 16
+                       for i, row in enumerate(weights))
+        await self.load.sent()
+
     async def run(self, *instructions):
         """Send instructions (mnemonic, fields, (acc, n) or None) one after the other and compare when all are done."""
         state, done = self.state, self.count["done"]
@@ -154,7 +162,7 @@ class VectorBench:
             if beats is not None:
                 self.acc.send(self._acc_bits(*beats))
         imm = [values.get("imm", 0) for _, values, _ in instructions]
-        self.commands.send([as_command(mnemonic, **values | {"imm": value - (value >> 31 << 32)})
+        self.commands.send([as_command(mnemonic, **values | {"imm": (value + (1 << 31)) % (1 << 32) - (1 << 31)})
                             for (mnemonic, values, _), value in zip(instructions, imm)])
         while self.count["done"] < done + len(instructions):
             await self.edge
@@ -172,6 +180,9 @@ class VectorBench:
         self._compare_mbuf(name, np.concatenate([rows.ravel() for rows in mbuf_rows]))
         await self._compare_rows(name, "abuf", np.unique(np.concatenate(written)))
         await self._compare_rows(name, "kvout", np.unique(np.concatenate(kvout)))
+        got = [getattr(self.dut, f"decided_{module}").value.to_unsigned() for module in ("attention", "mlp")]
+        want = [sum(1 << t for t, value in enumerate(scores) if value >= 0) for scores in state.scores.tolist()]
+        assert got == want, f"{name}: decided {got}, expected {want} by the scores {state.scores.tolist()}"
         clamped, saturated = state.saturations - clamped, self.count["saturated"] - saturated
         assert saturated == clamped, f"{name}: {saturated} values saturated, expected {clamped}"
 
