@@ -40,6 +40,8 @@ ConfigOption = Annotated[str | None, typer.Option("--config", help=f"Overlay con
                                                                    "Default: sim, or the bundle's own.")]
 ContextOption = Annotated[int | None, typer.Option("--context", help="Positions to provide for. Default: the model's, "
                                                                      "at most 2048.")]
+RoutersOption = Annotated[str | None, typer.Option("--routers", help="Router file, or smollm2:reuse or smollm2:dense: "
+                                                                     "tokens skip what it decides.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
@@ -138,14 +140,17 @@ def evaluate(model: ModelOption,
              tokens: Annotated[str, typer.Option("--tokens", help=".npz file with `tokens`, integers [n, length].")],
              limit: Annotated[int | None, typer.Option("--limit", help="Sequences to use.")] = None,
              device: DeviceOption = "functional", config: ConfigOption = None,
-             context: ContextOption = None, as_json: JsonOption = False) -> None:
+             context: ContextOption = None, routers: RoutersOption = None, as_json: JsonOption = False) -> None:
     """Measure how near a device comes to the float reference: perplexity, KL, top-1 agreement."""
     from .errors import RequestError
     from .evaluate import evaluate as run
     from .evaluate import load_sequences
     from .model import Model
+    from .routers import find_routers
     from .session import REFERENCE, ReferenceGenerator, check_device
     check_device(device)
+    if routers is not None and device != REFERENCE:
+        raise RequestError("eval takes --routers with --device reference")
     sequences = load_sequences(tokens, limit)
     source = _open(model)
     if not isinstance(source, Model):
@@ -155,14 +160,22 @@ def evaluate(model: ModelOption,
     for sequence in sequences:
         reference.check_tokens(sequence)
     tested: Generator = reference
-    if device != REFERENCE:
+    routed = ReferenceGenerator(source, routers=find_routers(routers, source)) if routers is not None else None
+    if routed is not None:
+        tested = routed
+    elif device != REFERENCE:
         tested = _open_generator(source, device, config, context or length)
+    skipped: list[tuple[float, float]] = []
     begin = time.perf_counter()
     with progress("evaluating", sequences.size - len(sequences)) as update:
         for total in run(reference, tested, sequences):
             report = total.as_json()
             update(total.tokens, None)
-    kind = "measured" if tested is reference else "simulated"
+            if routed is not None:
+                skipped.append(routed.skip_rates)
+    for name, rates in zip(("skip_attention", "skip_mlp"), zip(*skipped)):
+        report[name] = sum(rates) / len(rates)
+    kind = "measured" if device == REFERENCE else "simulated"
     labels = dict.fromkeys(report, kind) | {"reference_perplexity": "measured", "tokens": "measured"}
     if as_json:
         print_json({**report, "device": device, "seconds": time.perf_counter() - begin,
@@ -171,6 +184,8 @@ def evaluate(model: ModelOption,
     print(f"perplexity {report['perplexity']:.4f} ({kind}), reference {report['reference_perplexity']:.4f} (measured)\n"
           f"KL to the reference {report['kl']:.3e} nats per token ({kind})\n"
           f"top-1 agreement {report['top1']:.2%} ({kind}) over {report['tokens']} tokens (measured)")
+    if skipped:
+        print(f"skipped {report['skip_attention']:.1%} of attention, {report['skip_mlp']:.1%} of MLP modules ({kind})")
     note(f"took {time.perf_counter() - begin:.1f} s (measured)")
 
 

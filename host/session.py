@@ -18,11 +18,14 @@ from .devices import DEVICES, open_device
 from .errors import BundleError, DeviceError, ModelError, RequestError
 from .generation import Generator
 from .load import load_model
+from .lora import merged
 from .model import Model
 from .runtime import Accelerator
 
 if TYPE_CHECKING:
     import torch
+
+    from .routers import Routers
 
 __all__ = ["DEFAULT_CONFIG", "REFERENCE", "ReferenceGenerator", "check_device", "compile_source", "open_accelerator",
            "open_source", "parse_devices", "prompt_tokens"]
@@ -131,17 +134,31 @@ def _options(name: str) -> set[str]:
 
 
 class ReferenceGenerator(Generator):
-    """The float reference with the interface of an accelerator; ``context`` defaults to the model's."""
+    """The float reference with the interface of an accelerator; ``context`` defaults to the model's.
 
-    def __init__(self, model: Model, context: int | None = None) -> None:
+    routers : let them decide what runs, on the model with their LoRA factors merged
+    """
+
+    def __init__(self, model: Model, context: int | None = None, routers: Routers | None = None) -> None:
         from skipopu.golden.reference import ReferenceModel
+        from skipopu.golden.routed import RoutedReference
         if context is not None and not 1 <= context <= model.config.context:
             raise RequestError(f"context must be 1..{model.config.context} positions for model {model.config.name}, "
                                f"not {context}")
         self.vocab, self.eos_ids = model.config.vocab, model.config.eos_ids
         self.context = context or model.config.context
-        self.model = ReferenceModel(model)
+        self.model: ReferenceModel = (ReferenceModel(model) if routers is None
+                                      else RoutedReference(*merged(model, routers)))
         self._last: torch.Tensor | None = None
+
+    @property
+    def skip_rates(self) -> tuple[float, float]:
+        """Shares of attention and of MLP modules that the tokens since ``clear`` skipped; 0 without routers."""
+        decisions = getattr(self.model, "decisions", None)
+        if decisions is None or not decisions.size:
+            return 0.0, 0.0
+        attention, mlp = 1 - decisions.mean((0, 2))
+        return float(attention), float(mlp)
 
     def prefill(self, tokens: Sequence[int]) -> int:
         self.check_tokens(tokens)

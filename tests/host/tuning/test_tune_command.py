@@ -7,6 +7,7 @@ import pytest
 from skipopu.golden.random_model import random_model, write_gguf
 from skipopu.golden.routed import RoutedReference
 from skipopu.host.cli import main
+from skipopu.host.evaluate import load_sequences
 from skipopu.host.load import load_model
 from skipopu.host.lora import merged
 from skipopu.host.routers import find_routers
@@ -60,6 +61,36 @@ def test_tuning_goes_on_from_routers_in_the_other_mode(folder):
     assert tune(folder, "--steps", "4", "--kv", "dense", "--from", str(folder / "c.safetensors"),
                 output="d.safetensors") == 0
     assert find_routers(folder / "d.safetensors").kv == "dense"
+
+
+def evaluate(folder, *options):
+    """Exit code of ``eval`` on the tokens of the folder."""
+    with pytest.raises(SystemExit) as end:
+        main(["eval", "-m", str(folder / "m.gguf"), "--tokens", str(folder / "t.npz"), *options])
+    return end.value.code
+
+
+def test_eval_measures_routed_text_on_the_reference(folder, capsys):
+    assert tune(folder, "--steps", "30", "--skip", "0.4", output="g.safetensors") == 0
+    capsys.readouterr()
+    routers = ("--routers", str(folder / "g.safetensors"))
+    assert evaluate(folder, "--device", "reference", *routers, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    model = load_model(folder / "m.gguf")
+    reference, skipped = RoutedReference(*merged(model, find_routers(folder / "g.safetensors"))), []
+    for sequence in load_sequences(folder / "t.npz"):
+        reference.forward(sequence)
+        skipped.append(1 - reference.decisions.mean((0, 2)))
+    assert (report["skip_attention"], report["skip_mlp"]) == pytest.approx(tuple(np.mean(skipped, 0)))
+    assert report["kl"] > 0 and report["perplexity"] != report["reference_perplexity"]
+    assert evaluate(folder, "--device", "reference", *routers) == 0
+    assert f"skipped {report['skip_attention']:.1%} of attention" in capsys.readouterr().out
+
+
+def test_eval_without_routers_skips_nothing(folder, capsys):
+    assert evaluate(folder, "--device", "reference", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert "skip_mlp" not in report and report["kl"] == 0
 
 
 @pytest.mark.parametrize(["options", "files", "message"], [
