@@ -4,8 +4,10 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
+from amaranth.utils import exact_log2
 
 from ..config import OverlayConfig
+from ..isa import MAX_LAYERS
 from ..registers import (
     ADDRESS_BITS,
     COUNTERS,
@@ -28,7 +30,7 @@ _ARGUMENTS = sum(item.name[:-1] == "ARG" for item in MAP)
 #: ``saturations`` a number.
 Events = data.StructLayout({
     "busy": 4, "hazard_wait": 4, "array_active": 1, "weight_starved": 1, "memory_blocked": 1, "drain_blocked": 1,
-    "stream_wait": 1, "saturations": 8,
+    "stream_wait": 1, "saturations": 8, "dropped": 1, "weights_read": 1, "kv_read": 1, "kv_written": 1,
 })
 
 
@@ -37,6 +39,8 @@ class CsrSignature(wiring.Signature):
 
     start : pulse, never while running or faulted; arguments : r1.. at start
     token_value : entry ``token_index`` of the token table, one cycle later
+    route_force : take ``routes_forced``, that of ``route_layer`` one cycle later: attention, MLP
+    route_write : note ``routes`` as taken for ``route_layer``
     running : high from the cycle after ``start``; finished : pulse at its end; dispatched : pulse per instruction
     fault : the first fault, ``valid`` until reset; fault_seen : bit per FaultCause; pc : instruction dispatched last
     """
@@ -46,13 +50,15 @@ class CsrSignature(wiring.Signature):
             "start": Out(1), "program": Out(64), "program_length": Out(PC_BITS), "arguments": Out(32).array(_ARGUMENTS),
             "watchdog": Out(32), "instruction_limit": Out(32),
             "token_index": In(range(MAX_TOKENS)), "token_value": Out(32),
+            "route_force": Out(1), "route_layer": In(range(MAX_LAYERS)), "routes_forced": Out(32).array(2),
+            "route_write": In(1), "routes": In(32).array(2),
             "running": In(1), "finished": In(1), "dispatched": In(1),
             "fault": In(Fault), "fault_seen": In(1 << Fault["cause"].width), "pc": In(PC_BITS),
         })
 
 
 class Csr(wiring.Component):
-    """Registers, counters and the token table.
+    """Registers, counters, the token table and the tables of routes.
 
     Members
     -------
@@ -136,6 +142,7 @@ class Csr(wiring.Component):
         store("WATCHDOG", control.watchdog)
         store("INSTRUCTION_LIMIT", control.instruction_limit)
         store("DEBUG_ADDRESS", self.debug_address)
+        store("ROUTE_FORCE", control.route_force)
         for index, base in enumerate(self.port_base):
             store("PORT_BASE", base, index)
 
@@ -185,6 +192,25 @@ class Csr(wiring.Component):
             table_host.addr.eq(read_address[2:] - table_word), table_host.en.eq(looking),
         ]
 
+        # Routes: a row holds both words of a layer. The host writes those that may be forced, control those it took.
+        m.submodules.forced = forced = Memory(shape=64, depth=MAX_LAYERS, init=[])
+        m.submodules.routes = routes = Memory(shape=64, depth=MAX_LAYERS, init=[])
+        forced_write, forced_read = forced.write_port(granularity=8), forced.read_port()
+        routes_write, route_hosts = routes.write_port(), (forced.read_port(), routes.read_port())
+
+        def in_routes(where, name):
+            return where[3 + exact_log2(MAX_LAYERS):] == address(name) >> 3 + exact_log2(MAX_LAYERS)
+
+        m.d.comb += [
+            forced_write.addr.eq(write_address[3:]), forced_write.data.eq(write_data.replicate(2)),
+            forced_write.en.eq(Mux(write & in_routes(write_address, "ROUTES_FORCED"),
+                                   Mux(write_address[2], Cat(Const(0, 4), strobes), strobes), 0)),
+            forced_read.addr.eq(control.route_layer), Cat(*control.routes_forced).eq(forced_read.data),
+            routes_write.addr.eq(control.route_layer), routes_write.data.eq(Cat(*control.routes)),
+            routes_write.en.eq(control.route_write),
+            *(port.addr.eq(read_address[3:]) for port in route_hosts), *(port.en.eq(looking) for port in route_hosts),
+        ]
+
         # The multiplexer. The low word of a counter keeps the high word for the read that follows.
         high = Signal(32)
         with m.If(reading):
@@ -197,6 +223,9 @@ class Csr(wiring.Component):
                             m.d.sync += high.eq(high_words[where])
             with m.If(in_table[1]):
                 m.d.sync += axil.rdata.eq(table_host.data)
+            for name, port in zip(("ROUTES_FORCED", "ROUTES"), route_hosts):
+                with m.If(in_routes(read_address, name)):
+                    m.d.sync += axil.rdata.eq(port.data.word_select(read_address[2], 32))
 
         # Start and completion. A start while faulted is over at once, so that a host that waits sees the fault.
         over, wanted = Signal(), Signal()

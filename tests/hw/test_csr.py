@@ -12,6 +12,7 @@ from skipopu.hw import registers
 from skipopu.hw.blocks.command import Fault
 from skipopu.hw.blocks.csr import Csr, Events
 from skipopu.hw.config import preset
+from skipopu.hw.isa import MAX_LAYERS
 from skipopu.hw.registers import COUNTERS, MAP, Access, Control, FaultCause, Interrupt, Status, address
 from skipopu.sim.bench import Stall, bench, pack, reset, run_bench
 
@@ -60,7 +61,7 @@ def existing(item):
     """Entries of a register that this configuration has."""
     limits = {"PORT_BASE": CONFIG.ports, "TOKEN_TABLE": CONFIG.tokens, "BEATS_READ": CONFIG.ports,
               "BEATS_WRITTEN": CONFIG.ports}
-    return limits.get(item.name, 1)
+    return limits.get(item.name, item.count)
 
 
 @bench(stall=[Stall.NEVER, Stall.HALF], seed=[1, 2], timeout_cycles=100_000)
@@ -70,7 +71,7 @@ async def every_register_keeps_what_is_written(dut, stall, seed):
     for item in MAP:
         for where in range(item.address, item.address + 4 * item.words * existing(item), 4):
             if writable(item.name):
-                values[where] = generator.getrandbits(24 if item.name == "PROGRAM_LENGTH" else 32)
+                values[where] = generator.getrandbits({"PROGRAM_LENGTH": 24, "ROUTE_FORCE": 1}.get(item.name, 32))
     for where, value in generator.sample(list(values.items()), len(values)):
         await host.bus.write_dword(where, value)
     for where, value in generator.sample(list(values.items()), len(values)):
@@ -84,16 +85,18 @@ async def every_register_keeps_what_is_written(dut, stall, seed):
         port = getattr(dut, f"port_base__{index}")
         base = address("PORT_BASE", index)
         assert port.value.to_unsigned() == values[base] | values[base + 4] << 32
+    assert int(dut.control__route_force.value) == values[address("ROUTE_FORCE")]
     assert dut.memory_limit.value.to_unsigned() == values[address("MEMORY_LIMIT")]
 
 
 @bench()
 async def strobes_select_bytes(dut):
     host = Host(dut)
-    for name in ("WATCHDOG", "TOKEN_TABLE"):
-        await host.write(name, 0x11223344)
-        await host.bus.write(address(name) + 1, b"\xaa\xbb")
-        assert await host.read(name) == 0x11BBAA44
+    for name, index in (("WATCHDOG", 0), ("TOKEN_TABLE", 0), ("ROUTES_FORCED", 6), ("ROUTES_FORCED", 7)):
+        await host.write(name, 0x11223344, index)
+        await host.bus.write(address(name, index) + 1, b"\xaa\xbb")
+        assert await host.read(name, index) == 0x11BBAA44
+    assert await host.read("ROUTES_FORCED", 6) == 0x11BBAA44
 
 
 @bench()
@@ -101,7 +104,7 @@ async def read_only_and_unused_addresses_ignore_writes(dut):
     host = Host(dut)
     dut.argmax_index.value, dut.argmax_value.value, dut.debug_data.value = 5, 0x3F800000, 0xDEADBEEF
     expected = {**registers.capabilities(CONFIG), "ARGMAX_INDEX": 5, "ARGMAX_VALUE": 0x3F800000,
-                "DEBUG_DATA": 0xDEADBEEF, "FAULT": 0, "STATUS": Status.IDLE}
+                "DEBUG_DATA": 0xDEADBEEF, "FAULT": 0, "STATUS": Status.IDLE, "ROUTES": 0}
     for name, value in expected.items():
         await host.write(name, ~value & 0xFFFFFFFF)
         assert await host.read(name) == value, name
@@ -199,7 +202,7 @@ async def counters_count_their_events(dut, seed):
         for index, unit in enumerate(("LOAD", "COMPUTE", "VECTOR", "STORE")):
             totals[f"BUSY_{unit}"] += event["busy"] >> index & 1
             totals[f"HAZARD_WAIT_{unit}"] += event["hazard_wait"] >> index & 1
-        for name in ("array_active", "weight_starved", "memory_blocked", "drain_blocked", "stream_wait", "saturations"):
+        for name in list(event)[2:]:
             totals[name.upper()] += event[name]
         for port in range(CONFIG.ports):
             read[port] += beats_read >> port & 1
@@ -228,13 +231,37 @@ async def control_reads_the_token_table(dut):
         assert dut.control__token_value.value.to_unsigned() == 0x1000 + index
 
 
+@bench()
+async def control_reads_and_notes_routes(dut):
+    host, generator = Host(dut), random.Random(1)
+    forced, taken = ([generator.getrandbits(32) for _ in range(2 * MAX_LAYERS)] for _ in range(2))
+    for index in (0, 1, 14, 15, 2 * MAX_LAYERS - 2, 2 * MAX_LAYERS - 1):
+        await host.write("ROUTES_FORCED", forced[index], index)
+    for layer in (MAX_LAYERS - 1, 7, 0):
+        dut.control__route_layer.value = layer
+        for module in range(2):
+            getattr(dut, f"control__routes__{module}").value = taken[2 * layer + module]
+        await host.pulse(dut.control__route_write)
+        await RisingEdge(dut.clk)
+        for module in range(2):
+            got = getattr(dut, f"control__routes_forced__{module}").value.to_unsigned()
+            assert got == forced[2 * layer + module], f"layer {layer}"
+            getattr(dut, f"control__routes__{module}").value = 0
+    for layer in (0, 7, MAX_LAYERS - 1):
+        for index in (2 * layer, 2 * layer + 1):
+            assert await host.read("ROUTES", index) == taken[index]
+            assert await host.read("ROUTES_FORCED", index) == forced[index]
+    assert await host.read("ROUTES", 2) == 0
+
+
 def test_registers():
     run_bench(Csr(config=CONFIG), every_register_keeps_what_is_written, strobes_select_bytes,
               read_only_and_unused_addresses_ignore_writes, start_runs_until_finished, interrupt_follows_its_enables,
-              a_fault_refuses_the_next_start, counters_count_their_events, control_reads_the_token_table)
+              a_fault_refuses_the_next_start, counters_count_their_events, control_reads_the_token_table,
+              control_reads_and_notes_routes)
 
 
 def test_too_many_ports_for_the_map_are_refused():
-    config = dataclasses.replace(preset("u280"), tokens=256, acc_rows=256)
-    with pytest.raises(ValueError, match="the register map holds 32 ports and 128 tokens, not 32 and 256"):
+    config = dataclasses.replace(preset("u280"), ports=64)
+    with pytest.raises(ValueError, match="the register map holds 32 ports and 128 tokens, not 64 and 32"):
         Csr(config=config)
