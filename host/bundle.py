@@ -29,7 +29,7 @@ from .tokenizer import Tokenizer
 __all__ = ["FORMAT_VERSION", "MAGIC", "load_bundle", "save_bundle"]
 
 MAGIC = b"SKPU"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: programs with routers
 _HEADER = struct.Struct("<4sIQQ32s8x")
 _ALIGN = 4096
 _PIECE = 1 << 24  # bytes hashed at once

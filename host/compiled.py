@@ -31,6 +31,7 @@ class ImageMap:
     layers: int
     model: str
     identity: str
+    kv: str = ""  # KV mode of a program with routers, "" without
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
@@ -58,4 +59,5 @@ class Compiled:
             kind = "kv" if name.startswith("kv.") else name.split(".")[-1]
             kinds[kind] = kinds.get(kind, 0) + size * self.config.superbeat_bytes
         return {"configuration": self.config.name, "model": self.map.model, "instructions": len(self.program.words),
-                "chunk": self.map.chunk, "context": self.map.context, "bytes": kinds, "notes": list(self.notes)}
+                "chunk": self.map.chunk, "context": self.map.context, "kv": self.map.kv, "bytes": kinds,
+                "notes": list(self.notes)}

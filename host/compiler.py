@@ -1,40 +1,65 @@
 """Compile a model into one program and one memory image that serve every step of a generation.
 
 The program reads its arguments from registers: POSITION, TOKENS (1..chunk), HEAD_ROW and HEAD_ROWS. It embeds the
-tokens of the token table, runs all layers, and writes logits of the chosen rows. Two rules keep it free of deadlock, as
-memory data arrives in program order: a LOADW stands directly before its MATMUL, and every other load stands before the
-LOADW of the first MATMUL that runs later than its use.
+tokens of the token table, runs all layers, and writes logits of the chosen rows. With routers the same program serves
+every route: each instruction names the row list it runs for, and is dropped where nobody is in it.
+
+Memory data arrives in program order, so that weights which nobody takes yet block what lies behind them. The program is
+free of deadlock because nothing that a MATMUL waits for, and nothing that its results wait for, is loaded behind the
+first of its weights (`passes.load_order` checks it).
 """
 
 from __future__ import annotations
 
 from skipopu.hw.config import OverlayConfig
 from skipopu.hw.formats import fp32_bits
-from skipopu.hw.isa import Condition, Destination, MatmulMode, Register, Resource, RowScale
+from skipopu.hw.isa import (
+    ROUTER_ROWS_AT,
+    Condition,
+    Destination,
+    MatmulMode,
+    Register,
+    Resource,
+    RowList,
+    RowScale,
+)
 
 from .compiled import Compiled, ImageMap
+from .errors import RouterError
 from .image import ImageBuilder
 from .layout import ceil_div, row_superbeats
 from .model import Model
 from .passes.check import check_program
+from .passes.routers import router_biases
 from .plan import Plan, make_plan
 from .program import WORD_BYTES, Builder, Program, vector_imm
+from .routers import Routers
 
 __all__ = ["compile_model"]
 
-_TILES, _INDEX, _LIMIT, _OFFSET, _TOKEN = Register.T0, Register.T1, Register.T2, Register.T3, Register.T4
+_TILES, _INDEX, _LIMIT, _OFFSET, _TOKEN, _FIRST = (
+    Register.T0, Register.T1, Register.T2, Register.T3, Register.T4, Register.T5)
 _R = Resource
 
 
-def compile_model(model: Model, config: OverlayConfig, context: int | None = None, check: bool = True) -> Compiled:
+def compile_model(model: Model, config: OverlayConfig, context: int | None = None, routers: Routers | None = None,
+                  check: bool = True) -> Compiled:
     """Compile ``model`` for ``config``, with room for ``context`` positions (by default at most 2048).
 
+    routers : linear ones for this model, with which every token decides what it skips; `lora.merged` before, if they
+        have LoRA factors
     check : walk the finished program and verify it (see `passes.check`)
-    Raises CapacityError if the model does not fit the configuration, CompileError for an impossible context.
+    Raises CapacityError if the model does not fit the configuration, CompileError for an impossible context,
+    RouterError for routers of another model or beyond what the overlay computes.
     """
-    plan = make_plan(config, model.config, context)
-    image = ImageBuilder(plan, model)
-    program = _Emitter(plan, model, image).run()
+    if routers is not None:
+        routers.require_linear()
+        routers.require_model(model)
+        if routers.lora:
+            raise RouterError("routers with LoRA factors need a model that holds them; merge them first")
+    plan = make_plan(config, model.config, context, routers.kv if routers else "")
+    image = ImageBuilder(plan, model, routers)
+    program = _Emitter(plan, model, image, routers).run()
     image.memory.add("program", ceil_div(len(program.words) * WORD_BYTES * 8, config.port_bits))
     if check:
         check_program(program, plan, image.memory.regions)
@@ -44,14 +69,19 @@ def compile_model(model: Model, config: OverlayConfig, context: int | None = Non
         chat=model.chat, map=ImageMap(
             regions=image.memory.regions, image=image.top, memory=image.memory.top, chunk=plan.chunk,
             context=plan.context, vocab=settings.vocab, logits_width=plan.logits_width, layers=settings.layers,
-            model=settings.name, identity=model.identity, bos_id=settings.bos_id, eos_ids=settings.eos_ids))
+            model=settings.name, identity=model.identity, kv=plan.kv, bos_id=settings.bos_id, eos_ids=settings.eos_ids))
 
 
 class _Emitter:
-    """Writes the instructions of one program."""
+    """Writes the instructions of one program.
 
-    def __init__(self, plan: Plan, model: Model, image: ImageBuilder) -> None:
+    attending, feeding : the rows that execute the attention and the MLP of a layer; without routers all
+    """
+
+    def __init__(self, plan: Plan, model: Model, image: ImageBuilder, routers: Routers | None) -> None:
         self.plan, self.model, self.image, self.config = plan, model, image, plan.config
+        self.biases = None if routers is None else router_biases(routers).tolist()
+        self.attending, self.feeding = (RowList.ATTENTION, RowList.MLP) if routers else (RowList.ALL, RowList.ALL)
         self.build = Builder()
         self.on_chip = plan.addresses()
 
@@ -90,10 +120,9 @@ class _Emitter:
         emit("muli", rd=address, imm_reg=Register.POSITION, x=count)
         emit("loada", writes=_R.ROPE, imm=self.image.address("rope"), imm_reg=address, rows_reg=Register.TOKENS,
              x=on_chip["rope"], count=count, beats=plan.beats(table), dst_stride=plan.beats(table))
-        self._load_gain("layers.0.attn_norm", 0)
+        self._load_gain("layers.0.attn_norm", 0, 0)
         self.build.at(0, "attention", "layers.0.attn_norm")
-        emit("vnorm", reads=_R.X | _R.GAIN0, writes=_R.MX, imm=vector_imm(on_chip["x"], self._beat("mx")),
-             **self._rows(plan.hidden), table=on_chip["gain0"])
+        self._norm(_R.GAIN0, "gain0", **self._scored(0))
 
     def _beat(self, region: str) -> int:
         """First vector beat of an MBUF region."""
@@ -105,19 +134,59 @@ class _Emitter:
         return {"rows_reg": Register.TOKENS, "heads": 1, "groups": 1, "beats": beats, "row_stride": beats,
                 "vector": beats}
 
-    def _load_gain(self, name: str, slot: int) -> None:
+    def _load_gain(self, name: str, slot: int, layer: int | None = None) -> None:
+        """Load the gain of a norm, and the routers' weights of the layer whose input it scales."""
         self.build.at(-1, "gain", name)
         hidden = self.plan.hidden
         self.build.emit("loada", writes=(_R.GAIN0, _R.GAIN1)[slot], imm=self.image.address(name), rows=1,
                         x=self.on_chip[f"gain{slot}"], count=row_superbeats(self.config, hidden),
                         beats=self.plan.beats(hidden))
+        if self.biases and layer is not None:
+            name = f"layers.{layer}.routers"
+            self.build.at(-1, "routers", name)
+            # the field is signed, its reading as a row is not
+            self.build.emit("loada", writes=_R.GAIN0, imm=self.image.address(name), rows=1,
+                            x=ROUTER_ROWS_AT - (1 << 16) + self._slot(layer), count=row_superbeats(self.config, hidden),
+                            beats=self.plan.beats(hidden))
+
+    def _slot(self, layer: int) -> int:
+        """First row of the router buffer that holds a layer's weights."""
+        return layer % 2 * self.plan.beats(self.plan.hidden)
+
+    def _scored(self, layer: int) -> dict[str, int]:
+        """Fields of the norm whose rows the routers of a layer score, none without routers; sets their biases."""
+        if not self.biases:
+            return {}
+        attention, mlp = self.biases[layer]
+        self.build.emit("vbias", imm=attention, mlp=mlp, list=RowList.ALL)
+        return {"route": 1, "x": self._slot(layer)}
+
+    def _norm(self, gain: Resource, table: str, **scored: int) -> None:
+        """Gain and alignment of the residual stream as it is."""
+        self.build.emit("vnorm", reads=_R.X | gain, writes=_R.MX,
+                        imm=vector_imm(self.on_chip["x"], self._beat("mx")), **self._rows(self.plan.hidden),
+                        table=self.on_chip[table], **scored)
+
+    def _add(self, gain: Resource, table: str, others: RowList, **scored: int) -> None:
+        """Residual add of a matmul's result, with the next norm's gain; with routers, the norm for ``others`` too."""
+        self.build.emit("vadd", reads=_R.X | gain, writes=_R.X | _R.MX,
+                        imm=vector_imm(self.on_chip["x"], self._beat("mx")), **self._rows(self.plan.hidden),
+                        table=self.on_chip[table], **scored)
+        if self.biases:
+            self.build.rows = others
+            self._norm(gain, table, **scored)
+
+    def _loadw(self, name: str, first: int = 0, count: int | None = None) -> None:
+        """Load a weight region, or ``count`` superbeats of it from ``first`` on."""
+        stream = self.image.weights[name]
+        self.build.emit("loadw", imm=stream.address + first, count=stream.count - first if count is None else count)
 
     def _matmul(self, name: str, reads: Resource, source: str, inner: int, width: int, x_reg: int = 0,
-                rows_reg: int = Register.TOKENS) -> None:
+                rows_reg: int = Register.TOKENS, load: bool = True) -> None:
         """Stream a weight region through the array: LOADW, then its MATMUL over rows of an MBUF region."""
-        stream = self.image.weights[name]
-        self.build.emit("loadw", imm=stream.address, count=stream.count)
-        inner_rows = self.plan.rows(inner)
+        if load:
+            self._loadw(name)
+        stream, inner_rows = self.image.weights[name], self.plan.rows(inner)
         self.build.emit("matmul", reads=reads, rows_reg=rows_reg, x=self.on_chip[source], x_reg=x_reg, mode=stream.mode,
                         heads=1, groups=1, n_tiles=ceil_div(width, self.config.columns), k_tiles=inner_rows,
                         row_stride=inner_rows, scale_exponent=stream.scale_exponent, beats=self.plan.beats(width))
@@ -127,29 +196,75 @@ class _Emitter:
         name = f"layers.{layer}."
         self._load_gain(name + "mlp_norm", 1)
         head = plan.beats(plan.head_dim)
-        rope = {"table": on_chip["rope"], "table_stride": 4 * head}
-        kvout = plan.record * self.config.beat_elements // self.config.vector_lanes
-        for index, tensor in enumerate("kv"):
-            self.build.at(layer, "attention", name + tensor)
-            self._matmul(name + tensor, _R.MX, "mx", plan.hidden, plan.kv_width)
-            rotation = rope | {"table": rope["table"] + 2 * head, "wrap": head} if tensor == "k" else {}
-            loops = self._rows(plan.kv_width) | {"row_stride": kvout, "vector": head}
-            emit("vrope", reads=_R.ROPE if rotation else _R(0), writes=_R.KVOUT, imm=vector_imm(0, index * kvout // 2),
-                 **loops, **rotation, scale=RowScale.RSQRT, dest=Destination.KVOUT)
-        self.build.at(layer, "attention", f"kv.{layer}")
-        emit("storekv", reads=_R.KVOUT, writes=_R.KVMEM, imm=self.image.address(f"kv.{layer}"),
-             rows_reg=Register.TOKENS, x_reg=Register.POSITION, record=plan.record)
-        self.build.at(layer, "attention", name + "q")
+        self._keys_values(layer)
+        self.build.at(layer, "attention", name + "q", self.attending)
         self._matmul(name + "q", _R.MX, "mx", plan.hidden, plan.q_width)
         emit("vrope", reads=_R.ROPE, writes=_R.MQ, imm=vector_imm(0, self._beat("mq")),
-             **self._rows(plan.q_width) | {"vector": head}, **rope, wrap=head, scale=RowScale.RSQRT,
-             dest=Destination.MBUF)
+             **self._rows(plan.q_width) | {"vector": head}, table=on_chip["rope"], table_stride=4 * head, wrap=head,
+             scale=RowScale.RSQRT, dest=Destination.MBUF)
         self._attention_tiles(layer)
-        self.build.at(layer, "attention", name + "o")
+        self.build.at(layer, "attention", name + "o", self.attending)
         emit("vscale", reads=_R.OUT, writes=_R.MO, imm=vector_imm(on_chip["out"], self._beat("mo")),
              **self._rows(plan.q_width), wrap=head, scale=RowScale.RECIPROCAL)
         self._matmul(name + "o", _R.MO, "mo", plan.q_width, plan.hidden)
-        self._add(_R.GAIN1, "gain1")
+        self._add(_R.GAIN1, "gain1", RowList.MLP_ONLY)
+
+    def _keys_values(self, layer: int) -> None:
+        """Keys and values of the tokens that compute them, and the records to memory.
+
+        With routers the lists of the layer are decided on the way: where all tokens compute keys and values, between
+        the matmuls and what takes their results, since by then the array has waited for the scored rows anyway;
+        otherwise when the first weights of the keys are already on their way.
+        """
+        name, every = f"layers.{layer}.", layer == 0 or self.plan.kv != "reuse"
+        rows = RowList.ALL if every else self.attending
+        if not every:
+            self._early_keys(layer)
+        for tensor in "kv":
+            self.build.at(layer, "attention", name + tensor, rows)
+            self._matmul(name + tensor, _R.MX, "mx", self.plan.hidden, self.plan.kv_width,
+                         load=every or tensor == "v")
+            if not (every and self.biases):
+                self._into_record(tensor)
+            if not every and tensor == "k":
+                self.build.emit("dropw", count=self._early(layer), list=RowList.NO_ATTENTION)
+        if every and self.biases:
+            self._route(layer)
+            for tensor in "kv":
+                self.build.at(layer, "attention", name + tensor, rows)
+                self._into_record(tensor)
+        self.build.at(layer, "attention", f"kv.{layer}", rows)
+        self.build.emit("storekv", reads=_R.KVOUT, writes=_R.KVMEM, imm=self.image.address(f"kv.{layer}"),
+                        rows_reg=Register.TOKENS, x_reg=Register.POSITION, record=self.plan.record,
+                        layer=layer if self.biases else 0)
+
+    def _early(self, layer: int) -> int:
+        """Superbeats of the key projection that are read before the route is known."""
+        return min(self.plan.prefetch, self.image.weights[f"layers.{layer}.k"].count)
+
+    def _early_keys(self, layer: int) -> None:
+        name, early = f"layers.{layer}.k", self._early(layer)
+        self.build.at(layer, "attention", name)
+        self._loadw(name, count=early)
+        self._route(layer)
+        if early < self.image.weights[name].count:
+            self.build.at(layer, "attention", name, self.attending)
+            self._loadw(name, early)
+
+    def _route(self, layer: int) -> None:
+        self.build.at(layer, "attention", f"layers.{layer}.routers")
+        self.build.emit("route", rows_reg=Register.TOKENS, layer=layer)
+
+    def _into_record(self, tensor: str) -> None:
+        """Rows of keys, rotated, or of values from the array to their place in the records."""
+        plan, table = self.plan, self.on_chip["rope"]
+        head = plan.beats(plan.head_dim)
+        kvout = plan.record * self.config.beat_elements // self.config.vector_lanes
+        rotation = {"table": table + 2 * head, "table_stride": 4 * head, "wrap": head} if tensor == "k" else {}
+        self.build.emit("vrope", reads=_R.ROPE if rotation else _R(0), writes=_R.KVOUT,
+                        imm=vector_imm(0, "kv".index(tensor) * kvout // 2),
+                        **self._rows(plan.kv_width) | {"row_stride": kvout, "vector": head}, **rotation,
+                        scale=RowScale.RSQRT, dest=Destination.KVOUT)
 
     def _attention_tiles(self, layer: int) -> None:
         """Online softmax over the KV tiles 0 .. ceil((POSITION + TOKENS) / tile) - 1."""
@@ -159,14 +274,18 @@ class _Emitter:
         head, head_rows, out = plan.beats(plan.head_dim), plan.rows(plan.head_dim), plan.beats(plan.q_width)
         score = heads | {"beats": tile, "row_stride": tile, "group_stride": plan.chunk * tile,
                          "head_stride": plan.groups * plan.chunk * tile, "vector": tile}
-        self.build.at(layer, "attention", f"kv.{layer}")
+        reuse = self.plan.kv == "reuse" and layer > 0
+        history = {"reuse": 1, "layer": layer, "x_reg": _FIRST, "layer_stride": plan.kv_superbeats} if reuse else {}
+        self.build.at(layer, "attention", f"kv.{layer}", self.attending)
         emit("vinit")
         emit("addi", rd=_INDEX)
         emit("addi", rd=_LIMIT, imm_reg=Register.POSITION)
         emit("addi", rd=_OFFSET)
-        loop = emit("loadkv", reads=_R.KVMEM, imm=self.image.address(f"kv.{layer}"), imm_reg=_OFFSET,
+        if reuse:
+            emit("addi", rd=_FIRST)
+        loop = emit("loadkv", reads=_R.KVMEM, imm=self.image.address(f"kv.{0 if reuse else layer}"), imm_reg=_OFFSET,
                     heads=self.model.config.kv_heads, head_beats=plan.head_dim // config.beat_elements,
-                    record=plan.record)
+                    record=plan.record, **history)
         emit("matmul", reads=_R.MQ, x=on_chip["mq"], mode=MatmulMode.QK, **heads,
              n_tiles=config.tile_tokens // config.columns, k_tiles=head_rows, row_stride=plan.rows(plan.q_width),
              group_stride=head_rows, head_stride=plan.groups * head_rows, beats=tile)
@@ -180,27 +299,26 @@ class _Emitter:
         emit("addi", rd=_INDEX, imm_reg=_INDEX, imm=1)
         emit("addi", rd=_LIMIT, imm_reg=_LIMIT, imm=-config.tile_tokens)
         emit("addi", rd=_OFFSET, imm_reg=_OFFSET, imm=plan.tile_superbeats)
+        if reuse:
+            emit("addi", rd=_FIRST, imm_reg=_FIRST, imm=config.tile_tokens)
         emit("branch", rows_reg=_INDEX, x_reg=_TILES, condition=Condition.LT, imm=loop)
-
-    def _add(self, gain: Resource, table: str) -> None:
-        """Residual add of a matmul's result, with the next norm's gain."""
-        self.build.emit("vadd", reads=_R.X | gain, writes=_R.X | _R.MX,
-                        imm=vector_imm(self.on_chip["x"], self._beat("mx")), **self._rows(self.plan.hidden),
-                        table=self.on_chip[table])
 
     def _mlp(self, layer: int) -> None:
         plan = self.plan
         name = f"layers.{layer}."
         last = layer == self.model.config.layers - 1
-        self._load_gain("final_norm" if last else f"layers.{layer + 1}.attn_norm", 0)
-        self.build.at(layer, "mlp", name + "gate_up")
+        if last:
+            self._load_gain("final_norm", 0)
+        else:
+            self._load_gain(f"layers.{layer + 1}.attn_norm", 0, layer + 1)
+        self.build.at(layer, "mlp", name + "gate_up", self.feeding)
         self._matmul(name + "gate_up", _R.MX, "mx", plan.hidden, 2 * plan.mlp)
         mlp = plan.beats(plan.mlp)
         self.build.emit("vswiglu", writes=_R.MH, imm=vector_imm(0, self._beat("mh")),
                         **self._rows(plan.mlp) | {"beats": 2 * mlp}, scale=RowScale.RSQRT)
-        self.build.at(layer, "mlp", name + "down")
+        self.build.at(layer, "mlp", name + "down", self.feeding)
         self._matmul(name + "down", _R.MH, "mh", plan.mlp, plan.hidden)
-        self._add(_R.GAIN0, "gain0")
+        self._add(_R.GAIN0, "gain0", RowList.NOT_MLP, **{} if last else self._scored(layer + 1))
 
     def _head(self) -> None:
         plan, emit = self.plan, self.build.emit

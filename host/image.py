@@ -10,8 +10,10 @@ from skipopu.hw.isa import MatmulMode
 
 from .layout import MemoryMap, pack_rows, pack_weights, row_superbeats, scale_exponent, stripe
 from .model import Model, QuantTensor
+from .passes.routers import router_rows
 from .passes.weights import Linear, Padding, interleave, lower_linear, same_kind
 from .plan import Plan
+from .routers import Routers
 
 __all__ = ["ImageBuilder", "WeightStream"]
 
@@ -29,18 +31,20 @@ class WeightStream:
 
 
 class ImageBuilder:
-    """Places a model's tensors and the working memory.
+    """Places a model's tensors, the weights of its routers and the working memory.
 
     weights : name of a matmul -> its packed weights; notes : what was requantised; top : superbeats with contents
     """
 
-    def __init__(self, plan: Plan, model: Model) -> None:
+    def __init__(self, plan: Plan, model: Model, routers: Routers | None = None) -> None:
         self.plan, self.model, self.config = plan, model, plan.config
         self.memory = MemoryMap(plan.config)
         self.notes: list[str] = []
         self.weights: dict[str, WeightStream] = {}
         self._contents: list[tuple[int, np.ndarray]] = []
         self._place_constants()
+        if routers is not None:
+            self._place_routers(routers)
         for layer in range(model.config.layers):
             self._place_layer(layer)
         head = Padding(1, model.config.vocab, plan.logits_width)
@@ -78,6 +82,10 @@ class ImageBuilder:
             gain = np.zeros((1, plan.hidden), np.float32)
             gain[0, : self.model.config.hidden] = self.model.tensors[name].values
             self._place(name, pack_rows(self.config, gain))
+
+    def _place_routers(self, routers: Routers) -> None:
+        for layer, row in enumerate(router_rows(routers, self.plan.hidden)):
+            self._place(f"layers.{layer}.routers", pack_rows(self.config, row[None]))
 
     def _embedding(self, tensor: QuantTensor) -> np.ndarray:
         """The embedding as padded FP32 rows, some thousand rows at a time."""

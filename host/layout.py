@@ -125,9 +125,9 @@ def row_superbeats(config: OverlayConfig, elements: int) -> int:
 
 
 def pack_rows(config: OverlayConfig, rows: np.ndarray) -> np.ndarray:
-    """float32 [rows, elements] -> uint8 [superbeats, W], every row padded with zeros to whole superbeats."""
+    """32-bit words [rows, elements] -> uint8 [superbeats, W], every row padded with zeros to whole superbeats."""
     width = config.superbeat_bytes // 4
-    padded = np.zeros((len(rows), row_superbeats(config, rows.shape[1]) * width), np.float32)
+    padded = np.zeros((len(rows), row_superbeats(config, rows.shape[1]) * width), rows.dtype)
     padded[:, : rows.shape[1]] = rows
     return padded.view(np.uint8).reshape(-1, config.superbeat_bytes)
 

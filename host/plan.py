@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from skipopu.hw.config import PRESETS, OverlayConfig
-from skipopu.hw.isa import COMMON, INSTRUCTIONS
+from skipopu.hw.isa import COMMON, INSTRUCTIONS, MAX_LAYERS
 
 from .errors import CapacityError, CompileError
 from .layout import ceil_div, kv_tile_superbeats, pad_to, record_beats, row_superbeats
@@ -27,12 +27,14 @@ class Plan:
     """Sizes of one model on one configuration. ABUF addresses and all strides are in vector beats, MBUF ones in rows.
 
     chunk : rows processed together at most; context : positions the KV region holds
+    kv : KV mode of a program with routers, "" without
     """
 
     config: OverlayConfig
     model: ModelConfig
     context: int
     chunk: int
+    kv: str = ""
 
     # padded sizes, elements
     @property
@@ -79,6 +81,20 @@ class Plan:
     def context_tiles(self) -> int:
         """KV tiles that hold the context."""
         return ceil_div(self.context, self.config.tile_tokens)
+
+    @property
+    def kv_superbeats(self) -> int:
+        """Superbeats from the KV region of one layer to that of the next."""
+        return pad_to(self.context_tiles * self.tile_superbeats, self.config.burst_beats)
+
+    @property
+    def prefetch(self) -> int:
+        """Superbeats of a key projection read before it is known whether any token computes keys (KV reuse).
+
+        Memory would idle while the last rows are added up and scored, so that they cost nothing even where they are
+        dropped. Half of the read FIFOs: behind them what the decision asks for is already on its way.
+        """
+        return self.config.fifo_beats // 2
 
     def beats(self, elements: int) -> int:
         """Vector beats of that many elements (a multiple of vector_lanes)."""
@@ -149,37 +165,45 @@ class Plan:
             ("muli factor (superbeats of an embedding row)", row_superbeats(config, self.hidden), COMMON["x"]),
         ]:
             yield name, needed, field.maximum
+        if self.kv:
+            yield "router_rows (weights of two layers)", 2 * self.beats(self.hidden), config.router_rows
+            yield "layers of a routed model", model.layers, MAX_LAYERS
+        if self.kv == "reuse":
+            yield "history_tokens (positions with KV reuse)", self.context, config.history_tokens
+            yield "loadkv.layer_stride", self.kv_superbeats, loadkv["layer_stride"].maximum
 
 
 def _shortage(plan: Plan) -> tuple[str, int, int] | None:
     return next((item for item in plan.requirements() if item[1] > item[2]), None)
 
 
-def _largest(config: OverlayConfig, model: ModelConfig, context: int) -> Plan:
+def _largest(config: OverlayConfig, model: ModelConfig, context: int, kv: str) -> Plan:
     """The plan with the longest chunk that fits; if none fits, the plan for one row."""
     for chunk in range(config.tokens, 1, -1):
-        plan = Plan(config, model, context, chunk)
+        plan = Plan(config, model, context, chunk, kv)
         if _shortage(plan) is None:
             return plan
-    return Plan(config, model, context, 1)
+    return Plan(config, model, context, 1, kv)
 
 
-def make_plan(config: OverlayConfig, model: ModelConfig, context: int | None = None) -> Plan:
+def make_plan(config: OverlayConfig, model: ModelConfig, context: int | None = None, kv: str = "") -> Plan:
     """The plan with the longest chunk that fits the configuration.
 
-    context : positions to provide for, 1..model.context; by default the model's, but at most 2048
+    context : positions to provide for, 1..model.context; by default the model's, but at most 2048, and with KV reuse at
+        most those whose written layers the configuration remembers
+    kv : KV mode of a program with routers, "" without
     Raises CompileError for a context outside the model's, CapacityError if not even one row at a time fits: the
     message names the limit, what is needed, and the presets that would do.
     """
     if context is None:
-        context = min(model.context, DEFAULT_CONTEXT)
+        context = min(model.context, DEFAULT_CONTEXT, config.history_tokens if kv == "reuse" else DEFAULT_CONTEXT)
     if not 1 <= context <= model.context:
         raise CompileError(f"context must be 1..{model.context} positions for model {model.name}, not {context}")
-    plan = _largest(config, model, context)
+    plan = _largest(config, model, context, kv)
     short = _shortage(plan)
     if short is None:
         return plan
-    others = [name for name, other in PRESETS.items() if _shortage(_largest(other, model, context)) is None]
+    others = [name for name, other in PRESETS.items() if _shortage(_largest(other, model, context, kv)) is None]
     advice = f"use configuration {' or '.join(others)}" if others else "no preset is large enough"
     raise CapacityError(f"model {model.name} does not fit configuration {config.name}: {short[0]} must be at least "
                         f"{short[1]} but is {short[2]}; {advice}")

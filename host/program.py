@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from skipopu.hw.isa import Resource, disassemble, encode
+from skipopu.hw.isa import Resource, RowList, disassemble, encode
 
 __all__ = ["Builder", "NO_RESOURCE", "Note", "Program", "WORD_BYTES", "vector_imm"]
 
@@ -60,20 +60,21 @@ def signed32(value: int) -> int:
 
 @dataclass
 class Builder:
-    """Appends instructions; ``at`` sets the note for those that follow."""
+    """Appends instructions; ``at`` says of those that follow what they are for, and for which rows they run."""
 
     words: list[int] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
     note: Note = Note(-1, "start")
+    rows: RowList = RowList.ALL
 
-    def at(self, layer: int, module: str, tensor: str = "") -> None:
-        """The following instructions belong to this module and tensor."""
-        self.note = Note(layer, module, tensor)
+    def at(self, layer: int, module: str, tensor: str = "", rows: RowList = RowList.ALL) -> None:
+        """The following instructions belong to this module and tensor, and run for these rows."""
+        self.note, self.rows = Note(layer, module, tensor), rows
 
     def emit(self, mnemonic: str, *, reads: Resource = NO_RESOURCE, writes: Resource = NO_RESOURCE,
              imm: int = 0, **fields: int) -> int:
         """Append one instruction, return its index. ``imm`` takes unsigned 32-bit patterns too. Raises IsaError."""
-        self.words.append(encode(mnemonic, reads=reads, writes=writes, imm=signed32(imm), **fields))
+        self.words.append(encode(mnemonic, reads=reads, writes=writes, imm=signed32(imm), **{"list": self.rows} | fields))
         self.notes.append(self.note)
         return len(self.words) - 1
 
