@@ -63,6 +63,6 @@ class FunctionalDevice(SoftwareDevice):
                        "DROPPED": counters["dropped"], "WEIGHTS_READ": counters["weights_read"] // superbeat,
                        "KV_READ": counters["kv_read"] // superbeat, "KV_WRITTEN": counters["kv_written"] // beat,
                        "PC": machine.pc, "ARGMAX_INDEX": machine.argmax_index, "ARGMAX_VALUE": machine.argmax_value},
-            routes=tuple(machine.routes),
+            routes=machine.routes,
             beats_read=sum(counters[name] for name in ("weights_read", "kv_read", "activations_read")) // beat,
             beats_written=(counters["kv_written"] + counters["logits_written"]) // beat, fault=fault)

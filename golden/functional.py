@@ -58,7 +58,7 @@ class FunctionalMachine(MachineState):
         also ``mask``, the rows it runs for (bit t for row t)
     counters : of the last run, COUNTERS; bytes where they are read or written
     registers, pc : scalar registers and the instruction dispatched last
-    routes : what `route` took last, two words of row bits (attention, MLP) for each layer
+    routes : what `route` took in the last run: row bits (attention, MLP) by layer
     """
 
     def __init__(self, config: OverlayConfig, memories: Sequence[np.ndarray], threads: int = 1,
@@ -71,7 +71,7 @@ class FunctionalMachine(MachineState):
         self.observer: Observer | None = None
         self.registers = [0] * 16
         self.lists = RowLists(config.tokens)
-        self.routes = [0] * (2 * MAX_LAYERS)
+        self.routes: dict[int, tuple[int, int]] = {}
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.pc = 0
         self.limit = 0
@@ -94,7 +94,7 @@ class FunctionalMachine(MachineState):
 
         args : r1, r2, ... (up to 7, others 0); tokens : the token table (others 0)
         limit : superbeats of memory, by default what the shortest memory holds
-        forced : words as in ``routes`` that `route` takes in place of the scores' decisions (others 0)
+        forced : words of ROUTES_FORCED (others 0) that `route` takes in place of the scores' decisions
         Raises MachineFault where the hardware stops with a fault, ProgramError where its behaviour is undefined. A
         consumer whose producer does not stand before it is a WATCHDOG fault. Buffers keep their contents between runs.
         """
@@ -106,6 +106,7 @@ class FunctionalMachine(MachineState):
         self._table = [*tokens, *[0] * (self.config.tokens - len(tokens))]
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.lists.clear()
+        self.routes = {}
         self._forced = None if forced is None else [*forced, *[0] * (2 * MAX_LAYERS - len(forced))]
         self.saturations = 0
         self._matrix.weights.clear()
@@ -122,7 +123,6 @@ class FunctionalMachine(MachineState):
     def reset(self) -> None:
         """State after power-up; memories and what was unpacked from them are kept."""
         super().__init__(self.config)
-        self.routes = [0] * (2 * MAX_LAYERS)
         self._matrix.forget_tiles()
 
     def invalidate(self, address: int | None = None, size: int = 0) -> None:
@@ -139,13 +139,14 @@ class FunctionalMachine(MachineState):
             item, raw = self._fetch(program_address, pc, length)
             self.counters["instructions"] += 1
             allowed, rows = self._allowed(raw["list"]), raw["rows"] + r[raw["rows_reg"]] & 0xFFF
+            mask = allowed & (1 << rows) - 1
             values = raw | {"imm": _signed(raw["imm"] + r[raw["imm_reg"]], 32), "rows": rows,
-                            "x": _signed(raw["x"] + r[raw["x_reg"]], 16), "mask": allowed & (1 << rows) - 1}
+                            "x": _signed(raw["x"] + r[raw["x_reg"]], 16), "mask": mask}
             following, writes = pc + 1, []
-            if allowed and item.mnemonic in ROWS_OF_CHUNK:
-                self._check_rows(item.mnemonic, values)
             if not allowed:
                 self.counters["dropped"] += 1
+            elif (not mask or rows > self.config.tokens) and item.mnemonic in ROWS_OF_CHUNK:
+                self._refuse_rows(item.mnemonic, values)
             elif item.mnemonic == "halt":
                 self._check_idle()
             elif item.mnemonic == "branch":
@@ -201,24 +202,23 @@ class FunctionalMachine(MachineState):
         except ValueError:
             raise ProgramError(f"list must be a RowList, not {kind}") from None
 
-    def _check_rows(self, mnemonic: str, values: dict[str, int]) -> None:
-        """ProgramError unless an instruction counts rows of a chunk and runs for at least one of them."""
-        if not 1 <= values["rows"] <= self.config.tokens:
-            raise ProgramError(f"{mnemonic}: rows must be at least 1 and at most {self.config.tokens}, "
-                               f"not {values['rows']}")
-        if not values["mask"]:
+    def _refuse_rows(self, mnemonic: str, values: dict[str, int]) -> NoReturn:
+        """An instruction must count rows of a chunk and run for at least one of them."""
+        if 1 <= values["rows"] <= self.config.tokens:
             raise ProgramError(f"{mnemonic}: none of the {values['rows']} rows is in the list "
                                f"{RowList(values['list']).name}, which has others")
+        raise ProgramError(f"{mnemonic}: rows must be at least 1 and at most {self.config.tokens}, "
+                           f"not {values['rows']}")
 
     def _route(self, values: dict[str, int]) -> list[Write]:
-        rows, at = values["rows"], 2 * values["layer"]
+        layer, present = values["layer"], (1 << values["rows"]) - 1
         if self._forced is None:
-            words = [sum(1 << t for t in range(rows) if score[t] >= 0) for score in self.scores]
+            attention, mlp = (sum(1 << t for t, value in enumerate(row) if value >= 0) for row in self.scores.tolist())
         else:
-            words = [word & (1 << rows) - 1 for word in self._forced[at : at + 2]]
-        self.lists.present = (1 << rows) - 1
-        self.lists.attention, self.lists.mlp = self.routes[at : at + 2] = words
-        return [Write("routes", np.array([at, at + 1]))]
+            attention, mlp = self._forced[2 * layer : 2 * layer + 2]
+        self.lists.attention, self.lists.mlp, self.lists.present = attention & present, mlp & present, present
+        self.routes[layer] = attention & present, mlp & present
+        return [Write("routes", np.array([layer]))]
 
     def _taken(self, raw: dict[str, int]) -> bool:
         left, right = self.registers[raw["rows_reg"]], self.registers[raw["x_reg"]]

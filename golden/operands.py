@@ -85,8 +85,8 @@ class OperandCache:
 
     def invalidate(self, first: int, last: int) -> None:
         """Forget what was read from superbeats that overlap [first, last)."""
-        for key in [key for key, (_, spans) in self.entries.items()
-                    if any(begin < last and first < end for begin, end in spans)]:
+        for key in {key for key, (_, spans) in self.entries.items()
+                    for begin, end in spans if begin < last and first < end}:
             self._drop(key)
 
     def _drop(self, key: tuple) -> None:
@@ -159,8 +159,9 @@ def unpack_kv(config: OverlayConfig, memories: list[np.ndarray], addresses: np.n
     """The KV tile of one record for each of tile_tokens tokens, at superbeat addresses; token i is behind port i mod P.
     """
     beat, dims = config.port_bits // 8, head_beats * config.beat_elements
-    index = addresses.reshape(-1, config.ports, 1) * beat + np.arange(2 * heads * head_beats * beat)
-    records = np.stack([memory[index[:, port]] for port, memory in enumerate(memories)], 1).view(np.uint16)
+    index = addresses.reshape(-1, config.ports, 1) + np.arange(2 * heads * head_beats)
+    records = np.stack([memory[: len(memory) // beat * beat].reshape(-1, beat)[index[:, port]]
+                        for port, memory in enumerate(memories)], 1).view(np.uint16)
     mantissa, exponent = align_kv(records.reshape(config.tile_tokens, 2, heads, dims))
     mantissa = mantissa.astype(np.float32)
     return KvTile(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from skipopu.hw.config import OverlayConfig
@@ -43,13 +44,13 @@ class Run:
 class Outcome:
     """What a run leaves in the registers.
 
-    registers : name -> value; routes : words of ROUTES, from the first on
+    registers : name -> value; routes : layer -> words of ROUTES, of the layers that were routed
     beats_read, beats_written : of all ports together, spread evenly over their counters
     fault : (cause, instruction, port)
     """
 
     registers: dict[str, int]
-    routes: tuple[int, ...] = ()
+    routes: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     beats_read: int = 0
     beats_written: int = 0
     fault: tuple[FaultCause, int, int] | None = None
@@ -147,8 +148,9 @@ class SoftwareDevice(Device):
             forced=self._forced()))
         for name, value in outcome.registers.items():
             self._set(name, value)
-        for index, word in enumerate(outcome.routes):
-            self._set("ROUTES", word, index)
+        for layer, words in outcome.routes.items():
+            for module, word in enumerate(words):
+                self._set("ROUTES", word, 2 * layer + module)
         for name, beats in (("BEATS_READ", outcome.beats_read), ("BEATS_WRITTEN", outcome.beats_written)):
             for port in range(self.config.ports):
                 self._set(name, beats // self.config.ports + (port < beats % self.config.ports), port)
