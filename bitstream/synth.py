@@ -27,6 +27,8 @@ _WORTH = 400  # lines of RTLIL from which a module is worth it; smaller ones are
 
 _MODULE = re.compile(r"^((?:attribute [^\n]*\n)*)module (\\\S+)\n(.*?)^end\n", re.M | re.S)
 _CELL = re.compile(r"^  cell (\\\S+) ", re.M)
+_STATEMENT = re.compile(r"(?:^  attribute [^\n]*\n)*^  (?:(?:cell|process) .*?^  end\n|[^\n]*\n)", re.M | re.S)
+_PORT = re.compile(r"^(  wire .*(?:input|output|inout)) \d+ ", re.M)
 
 
 class SynthesisError(ValueError):
@@ -119,7 +121,7 @@ def share_modules(text):
     text : RTLIL as Amaranth writes it, the top module first: every instance has a module of its own
     """
     modules = {name: (attributes, body) for attributes, name, body in _MODULE.findall(text)}
-    first, by_body, size, parts = {}, {}, {}, {}
+    first, known, bodies, size, parts = {}, {}, {}, {}, {}
 
     def place(name):
         """The name of the first module with the content of ``name``."""
@@ -127,25 +129,31 @@ def share_modules(text):
             return name
         if name not in first:
             body = _CELL.sub(lambda cell: f"  cell {place(cell[1])} ", modules[name][1])
-            first[name] = by_body.setdefault(body, name)
+            first[name] = known.setdefault(_content(body), name)
             if first[name] == name:
+                bodies[name] = body
                 parts[name] = Counter(part for part in _CELL.findall(body) if part in modules)
                 size[name] = body.count("\n") + sum(size[part] * count for part, count in parts[name].items())
         return first[name]
 
     top = next(iter(modules))
     place(top)
-    kept = list(by_body.values())  # parts before what they are part of
     instances = Counter({top: 1})
-    for name in reversed(kept):
+    for name in reversed(bodies):  # what has parts before its parts
         for part, count in parts[name].items():
             instances[part] += count * instances[name]
     out = []
-    for body, name in reversed(by_body.items()):
+    for name, body in reversed(bodies.items()):
         stays = instances[name] >= _REPEATED and size[name] >= _WORTH
         boundary = "attribute \\keep_hierarchy 1\n" if stays else ""
         out.append(f"{modules[name][0]}{boundary}module {name}\n{body}end\n")
     return text[:_MODULE.search(text).start()] + "".join(out)
+
+
+def _content(body):
+    """What a module holds, whatever the order: Amaranth numbers ports and writes statements as they came up."""
+    return "".join(sorted("\n".join(sorted(text.split("\n"))) if text.lstrip().startswith("cell") else text
+                          for text in _STATEMENT.findall(_PORT.sub(r"\1 ", body))))
 
 
 def resources(cells, on):
@@ -171,7 +179,7 @@ def synthesise(component, on, *, name="the design", log=None):
         with tempfile.TemporaryDirectory() as folder:
             source, result = Path(folder, "design.il"), Path(folder, "cells.json")
             source.write_text(text)
-            run_yosys([f"read_rtlil {source}", *on.commands(), f"-o {result} stat -json -top {_TOP}"], name=name,
+            run_yosys([f"read_rtlil {source}", *on.commands(), f"tee -q -o {result} stat -json -top {_TOP}"], name=name,
                       log=lambda command: say(f"{name}: {_stage(command)}"))
             return json.dumps(_total(json.loads(result.read_text())["modules"]), sort_keys=True)
 

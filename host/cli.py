@@ -239,6 +239,24 @@ def verilog(output: Annotated[str, typer.Option("-o", "--output", help="File to 
 
 
 @app.command()
+def synth(block: Annotated[str, typer.Option("--block", help="Part of the overlay, such as pe-unit or pe-array.")],
+          config: Annotated[str, typer.Option("--config", help="Overlay configuration.")] = "u280",
+          target: Annotated[str, typer.Option("--target", help="Device family: xcup (AMD UltraScale+) or ecp5.")]
+          = "xcup", as_json: JsonOption = False) -> None:
+    """Estimate the resources of a block with Yosys: LUTs, flip-flops, carries, DSPs, memories."""
+    from importlib import import_module
+    with progress(f"synthesising {block}") as update:
+        report = import_module("skipopu.bitstream.estimate").estimate(block, config, target,
+                                                                      lambda stage: update(None, stage))
+    if as_json:
+        print_json(report)
+        return
+    for line in import_module("skipopu.bitstream.estimate").lines(report):
+        print(line)
+    note(f"took {report['seconds']:.1f} s (measured)")
+
+
+@app.command()
 def models(as_json: JsonOption = False) -> None:
     """List the models that have a name."""
     from .load import list_models

@@ -21,8 +21,8 @@ import sys
 from pyosys import libyosys as ys
 design = ys.Design()
 for command in sys.argv[1:]:
-    print(">" + command, flush=True)
-    ys.run_pass("tee -q " + command, design)
+    print("\\x01" + command, flush=True)
+    ys.run_pass(command, design)
 """
 
 # Memories without initial contents: Amaranth writes every zero bit of them out, millions for one buffer.
@@ -48,16 +48,15 @@ def run_yosys(commands, *, name="the design", log=None):
     """
     with subprocess.Popen([sys.executable, "-c", _RUNNER, *commands], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True, errors="replace") as process:
-        lines = []
+        reason = "no output"
         for line in process.stdout:
-            if line.startswith(">"):
+            if line.startswith("\x01"):
                 if log:
                     log(line[1:].rstrip())
-            elif line.strip():
-                lines.append(line.strip())
+            elif line.strip() and not reason.startswith("ERROR: "):
+                reason = line.strip()
     if process.returncode:
-        errors = [line for line in lines if line.startswith("ERROR: ")]
-        raise YosysError(f"yosys failed on {name}: {(errors or lines or ['no output'])[-1].removeprefix('ERROR: ')}")
+        raise YosysError(f"yosys failed on {name}: {reason.removeprefix('ERROR: ')}")
 
 
 def to_rtlil(component, *, name, ports=None):
