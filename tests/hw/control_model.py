@@ -2,7 +2,19 @@
 
 from dataclasses import dataclass, field
 
-from skipopu.hw.isa import CONTROL, INSTRUCTIONS, REGISTERS, Condition, IsaError, Unit, decode, encode
+from skipopu.hw.isa import (
+    COMMON,
+    CONTROL,
+    INSTRUCTIONS,
+    MAX_LAYERS,
+    REGISTERS,
+    Condition,
+    IsaError,
+    RowList,
+    Unit,
+    decode,
+    encode,
+)
 from skipopu.hw.registers import FaultCause
 
 __all__ = ["Sent", "Trace", "conflicts", "random_program", "releasable", "run"]
@@ -20,18 +32,22 @@ class Sent:
     imm: int
     rows: int
     x: int
+    mask: int
     body: int
 
 
 @dataclass
 class Trace:
-    """Everything observable: the commands in program order, how it ended, the last pc, instructions completed."""
+    """Everything observable: the commands in program order, how it ended, the last pc, instructions completed and how
+    many of them dropped, (layer, attention, mlp) of each route."""
 
     commands: list = field(default_factory=list)
     fault: FaultCause = FaultCause.NONE
     fault_pc: int = 0
     pc: int = 0
     count: int = 0
+    dropped: int = 0
+    routes: list = field(default_factory=list)
     halted: bool = False
 
 
@@ -40,10 +56,26 @@ def _signed(value, bits=32):
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
-def run(program, arguments, tokens, limit=0, most=20_000):
+def row_lists(attention, mlp, present, width):
+    """The rows of each RowList, from the sets of those that execute a module and of the rows of the last route."""
+    every = set(range(width))
+    return {
+        RowList.ALL: every, RowList.ATTENTION: attention, RowList.MLP: mlp,
+        RowList.MLP_ONLY: {t for t in mlp if t not in attention}, RowList.NOT_MLP: {t for t in present if t not in mlp},
+        RowList.NO_ATTENTION: set() if attention else every, RowList.NO_MLP: set() if mlp else every,
+    }
+
+
+def run(program, arguments, tokens, limit=0, most=20_000, *, width=4, decisions=((0, 0),), forced=None):
     """Trace of ``program`` (words) with r1.. = ``arguments`` and the token table ``tokens``; AssertionError if it takes
-    more than ``most`` instructions."""
+    more than ``most`` instructions.
+
+    width : rows of a chunk; decisions : (attention, mlp) that the vector unit says once it has done i commands, in turn
+    forced : (attention, mlp) of each layer, in place of the decisions
+    """
     trace, pc = Trace(), 0
+    every = set(range(width))
+    lists = row_lists(every, every, every, width)
     r = [0, *arguments, *[0] * (REGISTERS - 1 - len(arguments))]
     compare = {Condition.EQ: int.__eq__, Condition.NE: int.__ne__, Condition.LT: int.__lt__, Condition.GE: int.__ge__}
     scalar = {
@@ -60,15 +92,31 @@ def run(program, arguments, tokens, limit=0, most=20_000):
         assert trace.count < most, "the program does not end"
         if not 0 <= pc < len(program):
             return fail(FaultCause.FETCH_RANGE)
+        place = COMMON["list"]
+        choice = program[pc] >> place.lo & place.maximum
+        if choice not in lists:
+            return fail(FaultCause.ILLEGAL_OPCODE)
+        if not lists[choice]:
+            trace.pc, trace.count, trace.dropped = pc, trace.count + 1, trace.dropped + 1
+            pc += 1
+            continue
         try:
             item, v = decode(program[pc])
         except IsaError:
             return fail(FaultCause.ILLEGAL_OPCODE)
         a, b, c = (_signed(r[v[name]]) for name in ("imm_reg", "rows_reg", "x_reg"))
         target, result = pc + 1, None
+        rows = (v["rows"] + b) & 0xFFF
         if item.unit != CONTROL:
-            trace.commands.append(Sent(item.unit, pc, v["reads"], v["writes"], item.opcode, _signed(v["imm"] + a),
-                                       (v["rows"] + b) & 0xFFF, _signed(v["x"] + c, 16), program[pc] >> 112))
+            trace.commands.append(Sent(item.unit, pc, v["reads"], v["writes"], item.opcode, _signed(v["imm"] + a), rows,
+                                       _signed(v["x"] + c, 16), sum(1 << t for t in lists[choice] if t < rows),
+                                       program[pc] >> 112))
+        elif item.mnemonic == "route":
+            vectors = sum(sent.unit == Unit.VECTOR for sent in trace.commands)
+            bits = forced[v["layer"]] if forced else decisions[vectors % len(decisions)]
+            attention, mlp, present = ({t for t in every if t < rows and word >> t & 1} for word in (*bits, ~0))
+            lists = row_lists(attention, mlp, present, width)
+            trace.routes.append((v["layer"], *(sum(1 << t for t in part) for part in (attention, mlp))))
         elif item.mnemonic == "branch":
             if compare[Condition(v["condition"])](b, c):
                 if not 0 <= v["imm"] < len(program):
@@ -114,22 +162,25 @@ def random_masks(generator, resources=4):
     return {"reads": reads, "writes": writes}
 
 
-def random_command(generator, **masks):
-    """Word of a random instruction of a unit, every field random, ``masks`` as given."""
+def random_command(generator, **fixed):
+    """Word of a random instruction of a unit, every field random but those given."""
     item = generator.choice([item for item in INSTRUCTIONS if item.unit != CONTROL])
     values = {name: generator.choice([place.minimum, place.maximum, generator.randint(place.minimum, place.maximum)])
               for name, place in item.fields.items() if name != "opcode"}
-    return encode(item.mnemonic, **{**values, **(masks or random_masks(generator))})
+    values["list"] = generator.choice([RowList.ALL, *RowList])
+    return encode(item.mnemonic, **{**values, **random_masks(generator), **fixed})
 
 
 def random_program(generator, size, tokens):
-    """Words that end in a halt: scalar instructions, forward branches, counted loops, token reads, commands.
+    """Words that end in a halt: scalar instructions, forward branches, counted loops, token reads, routes, commands.
 
-    Every register shows up in the commands. r14 indexes the token table, r15 counts loops.
+    Row lists stand on all but what counts loops. Every register shows up in the commands. r14
+    indexes the token table, r15 counts loops.
     """
     words = []
     while len(words) < size:
-        kind = generator.choice(["scalar", "scalar", "command", "command", "skip", "loop", "token"])
+        kind = generator.choice(["scalar", "scalar", "command", "command", "skip", "loop", "token", "route"])
+        listed = {"list": generator.choice([RowList.ALL, *RowList])}
         rd, a, b = generator.randrange(14), generator.randrange(14), generator.randrange(14)
         if kind == "scalar":
             name = generator.choice(["addi", "add", "sub", "shli", "shri", "muli", "min"])
@@ -137,21 +188,24 @@ def random_program(generator, size, tokens):
                      "muli": {"x": generator.randint(-(1 << 15), (1 << 15) - 1)},
                      "shli": {"rows": generator.randrange(32)}, "shri": {"rows": generator.randrange(32)}}.get(name)
             extra = {"rows_reg": b} if extra is None else extra
-            words.append(encode(name, rd=rd, imm_reg=a, **extra))
+            words.append(encode(name, rd=rd, imm_reg=a, **extra, **listed))
         elif kind == "command":
             words.append(random_command(generator))
         elif kind == "skip":
             words.append(encode("branch", condition=generator.choice(list(Condition)), rows_reg=a, x_reg=b,
-                                imm=len(words) + generator.randint(1, 3)))
+                                imm=len(words) + generator.randint(1, 3), **listed))
             words += [random_command(generator), random_command(generator)]
         elif kind == "loop":
             words.append(encode("addi", rd=15, imm=generator.randint(1, 4)))
             start = len(words)
             words += [random_command(generator) for _ in range(generator.randint(0, 3))]
-            words.append(encode("add", rd=rd, imm_reg=a, rows_reg=15))
+            words.append(encode("add", rd=rd, imm_reg=a, rows_reg=15, **listed))
             words.append(encode("addi", rd=15, imm_reg=15, imm=-1))
             words.append(encode("branch", condition=Condition.NE, rows_reg=15, imm=start))
+        elif kind == "route":
+            words.append(encode("route", rows=generator.choice([0, 1, tokens - 1, tokens, tokens, 4095]), **listed,
+                                rows_reg=generator.choice([0, 0, b]), layer=generator.randrange(MAX_LAYERS)))
         else:
-            words.append(encode("addi", rd=14, imm=generator.randrange(tokens)))
-            words.append(encode("token", rd=rd, imm_reg=14))
+            words.append(encode("addi", rd=14, imm=generator.randrange(tokens), **listed))
+            words.append(encode("token", rd=rd, imm_reg=14, **listed))
     return [*words, encode("halt")]

@@ -12,7 +12,7 @@ from skipopu.hw.blocks.control import Control
 from skipopu.hw.blocks.fetch import Fetched
 from skipopu.hw.blocks.hazard import HazardWindow
 from skipopu.hw.config import preset
-from skipopu.hw.isa import CONTROL, INSTRUCTIONS, OPCODES, Condition, Unit, encode
+from skipopu.hw.isa import CONTROL, INSTRUCTIONS, MAX_LAYERS, OPCODES, Condition, RowList, Unit, encode
 from skipopu.hw.registers import FaultCause
 from skipopu.sim.bench import Stall, bench, cycle, pack, run_bench, unpack
 
@@ -25,16 +25,20 @@ class Machine:
     """Everything around control: registers, fetch, four units that complete commands in order after random times.
 
     starts : (unit, command, cycle) in order of acceptance; finished : per start, the cycle of its done pulse
+    advances : (cycle, dropped) of each instruction dispatched; routes : what was written to ROUTES
     held : units that complete nothing; slow : longest time of a command; ahead : commands a unit takes at once
     """
 
     def __init__(self, dut, program, *, arguments=(0,) * 7, tokens=(0,) * CONFIG.tokens, seed=0, slow=10, ahead=3,
-                 fetch_stall=Stall.NEVER, accept_stall=Stall.NEVER, fetch_errors=(), watchdog=0, limit=0):
+                 fetch_stall=Stall.NEVER, accept_stall=Stall.NEVER, fetch_errors=(), watchdog=0, limit=0,
+                 decisions=((0, 0),), forced=None):
         self.dut, self.program, self.tokens, self.errors = dut, program, tokens, fetch_errors
         self.slow, self.ahead, self.fetch_stall, self.accept_stall = slow, ahead, fetch_stall, accept_stall
         self.random = random.Random(seed)
-        self.held, self.starts, self.finished = set(), [], {}
-        self.dispatched = self.ends = 0
+        self.decisions, self.forced = decisions, forced
+        self.held, self.ends = set(), 0
+        self.forget()
+        dut.csr__route_force.value = int(forced is not None)
         self.waited = [0] * 4
         dut.csr__program_length.value, dut.csr__watchdog.value = len(program), watchdog
         dut.csr__instruction_limit.value = limit
@@ -43,13 +47,28 @@ class Machine:
         for coroutine in (self._fetch(), self._units(), self._registers()):
             cocotb.start_soon(coroutine)
 
+    def forget(self):
+        """Begin anew what is recorded of a run."""
+        self.starts, self.finished, self.advances, self.routes = [], {}, [], []
+
     async def _registers(self):
-        index = 0
+        dut, index, layer = self.dut, 0, 0
         while True:
+            for module in range(2):
+                getattr(dut, f"csr__routes_forced__{module}").value = (
+                    self.forced[layer][module] if self.forced else self.random.getrandbits(32))
             self.dut.csr__token_value.value = self.tokens[index] & 0xFFFFFFFF if index < len(self.tokens) else 0
             await RisingEdge(self.dut.clk)
             index = self.dut.csr__token_index.value.to_unsigned()
-            self.dispatched += int(self.dut.csr__dispatched.value)
+            layer = dut.csr__route_layer.value.to_unsigned()
+            dropped = int(dut.dropped.value)
+            if int(dut.csr__dispatched.value):
+                self.advances.append((cycle(), dropped))
+            else:
+                assert not dropped
+            if int(dut.csr__route_write.value):
+                words = (getattr(dut, f"csr__routes__{module}").value.to_unsigned() for module in range(2))
+                self.routes.append((layer, *words))
             self.ends += int(self.dut.csr__finished.value)
             waiting = self.dut.waiting.value.to_unsigned()
             self.waited = [total + (waiting >> unit & 1) for unit, total in enumerate(self.waited)]
@@ -79,6 +98,8 @@ class Machine:
         queues = [[] for _ in UNITS]  # per unit, [index into starts, cycle when it completes]
         while True:
             pulses = 0
+            done = sum(self.starts[index][0] == Unit.VECTOR for index in self.finished)
+            dut.decided_attention.value, dut.decided_mlp.value = self.decisions[done % len(self.decisions)]
             for unit, queue in zip(UNITS, queues):
                 if queue and unit not in self.held and queue[0][1] <= cycle():
                     index, _ = queue.pop(0)
@@ -121,12 +142,15 @@ class Machine:
     def check_commands(self, trace):
         """Every unit got its commands, resolved, in order."""
         for unit in UNITS:
-            names = ("pc", "opcode", "imm", "rows", "x", "body")
+            names = ("pc", "opcode", "imm", "rows", "x", "mask", "body")
             got = [{name: command[name] for name in names} for command, *_ in self.of_unit(unit)]
             want = [{name: getattr(sent, name) for name in names} for sent in trace.commands if sent.unit == unit]
             for index, (one, other) in enumerate(zip(got, want)):
                 assert one == other, f"{unit.name}, command {index}: {one}, expected {other}"
             assert len(got) == len(want), f"{unit.name}: {len(got)} commands, expected {len(want)}"
+        assert self.routes == trace.routes
+        assert sum(dropped for _, dropped in self.advances) == trace.dropped
+        assert len(self.advances) == trace.count
 
     def check_hazards(self, trace):
         """No command started before what it conflicts with was done."""
@@ -145,18 +169,19 @@ async def random_programs_match_the_model(dut, seed, slow):
     arguments = [generator.choice([0, 1, -1, 1 << 31, generator.getrandbits(32)]) for _ in range(7)]
     tokens = [generator.getrandbits(32) for _ in range(CONFIG.tokens)]
     program = random_program(generator, 150, CONFIG.tokens)
-    trace = run(program, arguments, tokens)
-    machine = Machine(dut, program, arguments=arguments, tokens=tokens, seed=seed, slow=slow,
+    routes = [tuple(generator.choice([0, 15, generator.getrandbits(4)]) for _ in range(2)) for _ in range(MAX_LAYERS)]
+    routing = {"forced": [(a | 0xABCD0000, m) for a, m in routes]} if seed % 3 == 0 else {"decisions": routes[:13]}
+    trace = run(program, arguments, tokens, width=CONFIG.tokens, **routing)
+    machine = Machine(dut, program, arguments=arguments, tokens=tokens, seed=seed, slow=slow, **routing,
                       fetch_stall=generator.choice(list(Stall)), accept_stall=generator.choice(list(Stall)),
                       ahead=generator.choice([1, 3, 20]))
     for _ in range(2):  # registers are set again at the second start
-        machine.starts, machine.finished, machine.dispatched = [], {}, 0
+        machine.forget()
         await machine.run()
         assert trace.halted and not machine.fault()["valid"]
         machine.check_commands(trace)
         machine.check_hazards(trace)
         assert len(machine.finished) == len(trace.commands), "halt waits for the units"
-        assert machine.dispatched == trace.count
         assert dut.csr__pc.value.to_unsigned() == trace.pc
         assert not int(dut.csr__running.value)
 
@@ -169,7 +194,7 @@ async def only_conflicting_commands_wait(dut, seed, held):
     for unit in generator.sample(UNITS * 3, 12):
         word = HALT
         while OPCODES[word & 0xFF].unit != unit:
-            word = random_command(generator)
+            word = random_command(generator, list=RowList.ALL)
         program.append(word)
     program.append(HALT)
     trace = run(program, [0] * 7, [0] * CONFIG.tokens)
@@ -218,7 +243,8 @@ async def independent_commands_flow_every_cycle(dut):
     assert max(cycles) - min(cycles) == len(program) - 2
 
 
-@bench(case=["illegal", "zero", "end", "empty", "branch", "negative branch", "fetch error", "token", "token negative"])
+@bench(case=["illegal", "zero", "end", "empty", "branch", "negative branch", "fetch error", "token", "token negative",
+              "no list", "no list, scalar"])
 async def control_faults_stop_the_machine(dut, case):
     prefix = [encode("addi", rd=1, imm=CONFIG.tokens), encode("loadw", count=1)]
     word, cause, pc = {
@@ -229,6 +255,8 @@ async def control_faults_stop_the_machine(dut, case):
         "fetch error": (HALT, FaultCause.FETCH_ERROR, 2),
         "token": (encode("token", rd=1, imm_reg=1), FaultCause.TOKEN_RANGE, 2),
         "token negative": (encode("token", rd=1, imm_reg=2), FaultCause.TOKEN_RANGE, 2),
+        "no list": (encode("vinit", list=7), FaultCause.ILLEGAL_OPCODE, 2),
+        "no list, scalar": (encode("addi", rd=1, list=7), FaultCause.ILLEGAL_OPCODE, 2),
     }[case]
     program = [] if case == "empty" else prefix if word is None else [*prefix, word, encode("loadw", count=2), HALT]
     machine = Machine(dut, program, arguments=(0, -1, 0, 0, 0, 0, 0),
@@ -303,15 +331,91 @@ async def a_watchdog_of_zero_is_off(dut):
     assert not machine.fault()["valid"] and int(dut.csr__running.value)
 
 
+@bench(force=[False, True], timeout_cycles=60_000)
+async def routes_give_every_list(dut, force):
+    """Before a route all rows execute; then all pairs of two rows' bits and random ones, in chunks of some sizes."""
+    every = [encode("vinit", list=choice, rows=rows) for choice in RowList for rows in (3, CONFIG.tokens, 4095)]
+    generator = random.Random(1)
+    program, routes = [*every], [(a, m) for a in range(4) for m in range(4)]
+    routes += [(generator.randrange(16), generator.randrange(16)) for _ in range(30)]
+    for layer, _ in enumerate(routes):
+        for rows in (2, CONFIG.tokens):
+            program += [encode("vinit", rows=4095), encode("route", rows=rows, layer=layer), *every[::2]]
+    program.append(HALT)
+    routing = {"forced": routes} if force else {"decisions": routes}
+    trace = run(program, [0] * 7, [], **routing)
+    assert len({sent.mask for sent in trace.commands}) > 12, "nearly every mask shows up"
+    machine = Machine(dut, program, slow=3, **routing)
+    await machine.run()
+    machine.check_commands(trace)
+    program = [*every, HALT]
+    machine.program, machine.starts = program, []
+    dut.csr__program_length.value = len(program)
+    machine.forget()
+    await machine.run()
+    machine.check_commands(run(program, [0] * 7, []))  # the lists of the run before are forgotten
+
+
+@bench()
+async def dropped_instructions_take_a_cycle_each(dut):
+    """Of all kinds, without effect."""
+    kinds = [encode(name, list=RowList.ATTENTION, **fields) for name, fields in (
+        ("addi", {"rd": 1, "imm": 99}), ("branch", {"imm": 0}), ("loadw", {"writes": 1}), ("vinit", {}),
+        ("token", {"rd": 1}), ("storekv", {}), ("halt", {}), ("route", {"rows": 1}), ("matmul", {}))]
+    program = [encode("route", rows=4), encode("vinit", imm_reg=1), *kinds * 5, encode("vinit", imm_reg=1), HALT]
+    machine = Machine(dut, program, arguments=(7, *[0] * 6), decisions=[(0, 15)])
+    await machine.run()
+    machine.check_commands(run(program, [7, *[0] * 6], [0], decisions=[(0, 15)]))
+    cycles, dropped = zip(*machine.advances)
+    assert dropped == (0, 0, *[1] * len(kinds) * 5, 0, 0)
+    assert cycles[-2] - cycles[1] == len(kinds) * 5 + 1, "one cycle each"
+    assert not machine.fault()["valid"] and machine.ends == 1
+
+
+@bench(held=UNITS)
+async def a_route_waits_for_the_vector_unit_alone(dut, held):
+    program = [encode("loadw"), encode("matmul"), encode("vinit"), encode("storekv"), encode("route", rows=3, layer=5),
+               encode("loadw", list=RowList.MLP, rows=4), HALT]
+    machine = Machine(dut, program, slow=3, decisions=[(0, 0), (15, 10)])
+    machine.held = {held}
+    await machine.start()
+    await ClockCycles(dut.clk, 60)
+    assert machine.routes == ([] if held == Unit.VECTOR else [(5, 7, 2)])
+    machine.held = set()
+    while not machine.ends:
+        await RisingEdge(dut.clk)
+    machine.check_commands(run(program, [0] * 7, [], decisions=[(0, 0), (15, 10)]))
+
+
+@bench(words=[2, 5])
+async def a_route_takes_three_cycles(dut, words):
+    """Two, and one until the next instruction; the commands in front take one each."""
+    program = [encode("loadw")] * (words - 1) + [encode("route", rows=4), encode("loadw"), encode("loadw"), HALT]
+    machine = Machine(dut, program, slow=1, ahead=20)
+    await machine.run()
+    cycles = [at for at, _ in machine.advances]
+    assert [after - before for before, after in zip(cycles, cycles[1:])][:words + 1] == [1] * (words - 2) + [2, 2, 1]
+
+
+@bench()
+async def the_watchdog_ends_a_stuck_route(dut):
+    program = [encode("loadw"), encode("vinit"), encode("route", rows=4), HALT]
+    machine = Machine(dut, program, watchdog=100)
+    machine.held = {Unit.VECTOR}
+    await machine.run()
+    assert machine.fault() == {"valid": 1, "cause": FaultCause.WATCHDOG, "port": 0, "pc": 1}
+    assert not machine.routes
+
+
 @bench(limit=[1, 2, 7, 40, 59, 60, 61, 1000])
 async def the_instruction_limit_counts_what_was_dispatched(dut, limit):
-    loop = [encode("addi", rd=8, imm=15), encode("loadw", imm_reg=8), encode("vinit"),
+    loop = [encode("addi", rd=8, imm=15), encode("loadw", imm_reg=8), encode("vinit", list=RowList.NO_MLP),
             encode("addi", rd=8, imm_reg=8, imm=-1), encode("branch", condition=Condition.NE, rows_reg=8, imm=1), HALT]
     trace = run(loop, [0] * 7, [], limit)
     machine = Machine(dut, loop, limit=limit)
     await machine.run()
     machine.check_commands(trace)
-    assert machine.dispatched == trace.count == min(limit, 62)
+    assert len(machine.advances) == trace.count == min(limit, 62)
     assert len(machine.finished) == len(trace.commands), "the units are idle at the end"
     assert dut.csr__pc.value.to_unsigned() == trace.pc and not machine.fault()["valid"]
 
@@ -329,6 +433,8 @@ def test_control():
               one_unit_may_stay_far_behind, independent_commands_flow_every_cycle, control_faults_stop_the_machine,
               the_first_fault_of_a_unit_is_kept, the_watchdog_names_the_oldest_instruction,
               progress_of_any_kind_holds_the_watchdog_off, a_watchdog_of_zero_is_off,
+              routes_give_every_list, dropped_instructions_take_a_cycle_each,
+              a_route_waits_for_the_vector_unit_alone, a_route_takes_three_cycles, the_watchdog_ends_a_stuck_route,
               the_instruction_limit_counts_what_was_dispatched, every_opcode_goes_to_its_unit)
 
 
