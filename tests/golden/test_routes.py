@@ -208,7 +208,7 @@ def test_accumulator_rows_are_those_of_the_list():
 
 
 def test_two_partial_norms_give_every_row_its_scale():
-    """Row scales that were formed between the passes are formed anew."""
+    """Row scales that were formed between the passes are formed anew, and those of some rows are not those of all."""
     bench, words, y = results(4)
     x = put(bench, 0, np.random.default_rng(5).normal(0, 3, 4 * N)).reshape(2, -1)
     x[1] = put(bench, WIDTH // V, 8 * x[1])
@@ -216,7 +216,8 @@ def test_two_partial_norms_give_every_row_its_scale():
     bench.machine.sumsq[:] = 1 << 30
     machine = bench.run(encode("vset", imm=int(np.float32(1 / WIDTH).view(np.uint32))), encode("route", rows=2),
                         *words, take, *listed([norm], RowList.NOT_MLP), *words, take,
-                        *listed([norm], RowList.MLP), *words, take, HALT, forced=[0, 2])
+                        *listed([norm], RowList.MLP), *listed([*words, take], RowList.NOT_MLP), *words, take, HALT,
+                        forced=[0, 2])
     got = machine.kvout.view(np.float16)[: 4 * N // V].reshape(2, -1)
     want = y / np.sqrt((x * x).mean(1, keepdims=True))
     np.testing.assert_allclose(got, want, rtol=2.0**-10, atol=1e-6)
@@ -459,10 +460,12 @@ REUSE = {"imm": KV, "heads": 2, "head_beats": 2, "record": 8, "reuse": 1}
     ([encode("loada", imm=ROWS, rows=1, count=4, beats=2, x=-1)], FaultCause.BUFFER_RANGE, "routers row 32768 of 256"),
     ([encode("loada", imm=ROWS, rows=2, count=1, beats=1, dst_stride=256, x=-32768)], FaultCause.BUFFER_RANGE, "256"),
     ([encode("vnorm", route=1, x=253, **ROW)], FaultCause.BUFFER_RANGE, "routers row 260 of 256"),
+    ([encode("route", rows=4), encode("storekv", imm=KV, rows=4, record=300, list=RowList.MLP)],
+     FaultCause.BUFFER_RANGE, "kvout row 1199 of 1024"),
 ])
 def test_faults(words, cause, message):
     with pytest.raises(MachineFault, match=message) as info:
-        Bench().run(*words, HALT)
+        Bench().run(*words, HALT, forced=[0, 0b1000])
     assert info.value.cause == cause
 
 
