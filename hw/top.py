@@ -63,6 +63,7 @@ class Overlay(wiring.Component):
             m.d.comb += [control.done[unit].eq(block.done), control.busy[unit].eq(block.busy)]
         m.d.comb += [control.faults[0].eq(load.fault), control.faults[1].eq(store.fault),
                      control.progress.eq(Cat(load.beats_read, store.beats_written, compute.active).any()),
+                     control.decided_attention.eq(vector.decided_attention), control.decided_mlp.eq(vector.decided_mlp),
                      self.irq.eq(csr.irq)]
 
         # Memory.
@@ -89,7 +90,7 @@ class Overlay(wiring.Component):
             vector.exponents.eq(kvbuf.v_exponents),
             *(getattr(compute, name).eq(getattr(vector, name))
               for name in ("write_en", "write_row", "write_vector", "write_first", "write_data")),
-            store.kvout_data.eq(vector.kvout_data),
+            store.kvout_data.eq(vector.kvout_data), load.history.eq(store.written),
         ]
 
         # Counters and inspection.
@@ -99,6 +100,8 @@ class Overlay(wiring.Component):
             events.array_active.eq(compute.active), events.weight_starved.eq(compute.starved),
             events.memory_blocked.eq(load.blocked), events.drain_blocked.eq(compute.drain_blocked),
             events.stream_wait.eq(vector.waiting), events.saturations.eq(vector.saturated),
+            events.dropped.eq(control.dropped), events.weights_read.eq(load.weights_read),
+            events.kv_read.eq(load.kv_read), events.kv_written.eq(store.kv_written),
             csr.beats_read.eq(load.beats_read), csr.beats_written.eq(store.beats_written),
             csr.argmax_index.eq(vector.argmax), csr.argmax_value.eq(vector.argmax_value),
         ]
