@@ -9,12 +9,12 @@ values of every token in both modes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from skipopu.host.errors import RouterError
+from skipopu.host.routes import Force, RandomRoutes, check_forced, forced_routes
 from torch import Tensor
 
 from .reference import KVCache, ReferenceModel, rms_norm
@@ -28,28 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["RandomRoutes", "RoutedCache", "RoutedReference"]
 
 
-@dataclass(frozen=True)
-class RandomRoutes:
-    """Route bits drawn at random in place of the routers' decisions; each depends on seed, position and place only.
-
-    rate : part of the modules that are skipped, 0..1. Raises RouterError outside of that, or for a negative seed.
-    """
-
-    rate: float
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rate <= 1:
-            raise RouterError(f"the forced skip rate must be 0..1, not {self.rate}")
-        if self.seed < 0:
-            raise RouterError(f"the seed must be at least 0, not {self.seed}")
-
-    def bits(self, layers: int, start: int, tokens: int) -> np.ndarray:
-        """bool [layers, 2, tokens], true where a module executes, of the positions from ``start`` on."""
-        drawn = [np.random.default_rng((self.seed, start + token)).random((layers, 2)) for token in range(tokens)]
-        return np.array(drawn).reshape(tokens, layers, 2).transpose(1, 2, 0) >= self.rate
-
-
 class RoutedCache(KVCache):
     """A KVCache that also holds the decisions of the past, bool [layers, 2, batch, tokens]."""
 
@@ -59,8 +37,8 @@ class RoutedCache(KVCache):
 
 
 class RoutedReference(ReferenceModel):
-    """Float evaluation of a Model with Routers, linear or two-layer. They must be for that model and without LoRA factors,
-    which `skipopu.host.lora.merged` adds to a model, else RouterError.
+    """Float evaluation of a Model with Routers, linear or two-layer. They must be for that model and without LoRA
+    factors, which `skipopu.host.lora.merged` adds to a model, else RouterError.
 
     force : takes the place of the routers' decisions: RandomRoutes, or bool [layers, 2, positions], true to execute
     ``decisions`` : bool [layers, 2, tokens] of the sequence so far, after ``forward`` or ``step``; of the first
@@ -69,16 +47,13 @@ class RoutedReference(ReferenceModel):
     and ``step``.
     """
 
-    def __init__(self, model: Model, routers: Routers, *, force: RandomRoutes | np.ndarray | None = None,
+    def __init__(self, model: Model, routers: Routers, *, force: Force | None = None,
                  dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> None:
         super().__init__(model, dtype=dtype, device=device)
         routers.require_model(model)
         if routers.lora:
             raise RouterError("these routers carry LoRA factors; merge them into the model first (host.lora.merged)")
-        if isinstance(force, np.ndarray) and (force.dtype != bool or force.ndim != 3
-                                              or force.shape[:2] != (model.config.layers, 2)):
-            raise RouterError(f"forced routes must be bool [{model.config.layers}, 2, tokens], "
-                              f"not {force.dtype} {list(force.shape)}")
+        check_forced(force, model.config.layers)
         self.kv, self.force = routers.kv, force
         parts = (routers.difference, routers.bias, routers.hidden_weight, routers.hidden_bias)
         self._difference, self._bias, self._hidden_weight, self._hidden_bias = (
@@ -99,12 +74,7 @@ class RoutedReference(ReferenceModel):
         """The forced decisions bool [layers, 2, batch, tokens] of the positions from ``start`` on."""
         if self.force is None:
             return None
-        if isinstance(self.force, RandomRoutes):
-            bits = self.force.bits(self.config.layers, start, tokens)
-        elif self.force.shape[2] >= start + tokens:
-            bits = self.force[:, :, start:start + tokens]
-        else:
-            raise RouterError(f"forced routes cover {self.force.shape[2]} positions, but {start + tokens} are needed")
+        bits = forced_routes(self.force, self.config.layers, start, tokens)
         return torch.tensor(bits, device=self.head.device)[:, :, None].expand(-1, -1, batch, -1)
 
     def logits(self, tokens: Tensor | Sequence[Sequence[int]], cache: KVCache | None = None) -> Tensor:

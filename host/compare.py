@@ -16,7 +16,7 @@ from skipopu.hw.registers import DebugBuffer
 
 from .effects import Effect, Span, run_effects
 from .errors import RequestError
-from .passes.check import Arguments
+from .passes.walk import Arguments
 from .runtime import Accelerator
 
 __all__ = ["Comparison", "Difference", "compare"]

@@ -1,6 +1,6 @@
 """What the instructions of one run change, and where a run can be cut: the ground of comparing two devices.
 
-The program is walked as control would (`passes.check.walk`), so no device is asked.
+The program is walked as control would (`passes.walk`) with the routes that a device has taken, so no device is asked.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from skipopu.hw.config import OverlayConfig
-from skipopu.hw.isa import Destination, MatmulMode
+from skipopu.hw.isa import ROUTER_ROWS_AT, Destination, MatmulMode
 from skipopu.hw.registers import DebugBuffer
 
-from .passes.check import TAKES_STREAM, WRITES_ABUF, WRITES_MBUF, Arguments, walk
+from .layout import weight_superbeats
+from .passes.check import TAKES_STREAM, WRITES_ABUF, WRITES_MBUF
+from .passes.walk import Arguments, rows_in, walk
 from .program import Program
 
 __all__ = ["Effect", "Span", "run_effects"]
@@ -32,9 +34,9 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class Effect:
-    """One dispatched instruction: what it writes, and whether the run may be cut behind it.
+    """One dispatched instruction: what it writes, and whether the run may be cut behind it. A dropped one writes nothing.
 
-    rows : on-chip rows, sorted int64 for each buffer; spans : of memory
+    rows : on-chip rows, sorted int64 for each buffer; spans : of memory; route : layer whose routes it takes
     cut : no stream between two units is open, so INSTRUCTION_LIMIT may stop here
     """
 
@@ -43,42 +45,54 @@ class Effect:
     rows: dict[DebugBuffer, np.ndarray]
     spans: tuple[Span, ...]
     cut: bool
+    route: int | None = None
 
 
 def run_effects(config: OverlayConfig, program: Program, arguments: Arguments, tokens: Sequence[int]) -> list[Effect]:
     """The effects of one run in the order of dispatch; entry i stands for INSTRUCTION_LIMIT i + 1."""
     found, weights, results, logits = [], 0, 0, 0
     for pc, mnemonic, _, fields in walk(program, arguments, tokens):
-        match mnemonic:
+        runs = fields["mask"] != 0
+        match mnemonic if runs else "":
             case "loadw":
-                weights += 1
+                weights += fields["count"]
             case "matmul":
-                weights -= fields["mode"] in _WEIGHTS
+                if fields["mode"] in _WEIGHTS:
+                    weights -= fields["heads"] * weight_superbeats(config, MatmulMode(fields["mode"]),
+                                                                   fields["n_tiles"], fields["k_tiles"])
                 results += 1
+            case "dropw":
+                weights -= fields["count"]
+            case "vlogits":
+                logits += 1
             case "storel":
                 logits -= 1
-        results -= mnemonic in TAKES_STREAM
-        logits += mnemonic == "vlogits"
-        found.append(Effect(pc, mnemonic, _rows(config, mnemonic, fields), _spans(config, mnemonic, fields),
-                            cut=not (weights or results or logits)))
+        results -= runs and mnemonic in TAKES_STREAM
+        found.append(Effect(
+            pc, mnemonic, _rows(config, mnemonic, fields) if runs else {},
+            _spans(config, mnemonic, fields) if runs else (), cut=not (weights or results or logits),
+            route=fields["layer"] if runs and mnemonic == "route" else None))
     return found
 
 
-def _offsets(*loops: tuple[int, int]) -> np.ndarray:
+def _offsets(*loops: tuple[int | tuple[int, ...], int]) -> np.ndarray:
     total = np.zeros(1, np.int64)
-    for count, stride in loops:
-        total = (total[:, None] + np.arange(count) * stride).reshape(-1)
+    for values, stride in loops:
+        index = np.arange(values) if isinstance(values, int) else np.array(values)
+        total = (total[:, None] + index * stride).reshape(-1)
     return total
 
 
 def _rows(config: OverlayConfig, mnemonic: str, f: dict[str, int]) -> dict[DebugBuffer, np.ndarray]:
     """Rows of on-chip buffers that one instruction writes, from its fields with registers already added."""
     if mnemonic == "loada":
+        if f["x"] & ROUTER_ROWS_AT:  # the router buffer cannot be inspected
+            return {}
         return {DebugBuffer.ABUF: np.unique(f["x"] + _offsets((f["rows"], f["dst_stride"]), (f["beats"], 1)))}
     if mnemonic not in (*WRITES_ABUF, *WRITES_MBUF, "vrope"):
         return {}
     beats = f["beats"] // 2 if mnemonic == "vswiglu" else f["beats"]
-    offsets = _offsets((f["heads"], f["head_stride"]), (f["groups"], f["group_stride"]), (f["rows"], f["row_stride"]),
+    offsets = _offsets((f["heads"], f["head_stride"]), (f["groups"], f["group_stride"]), (rows_in(f), f["row_stride"]),
                        (beats, 1))
     source, target = f["imm"] & 0xFFFF, f["imm"] >> 16 & 0xFFFF
     rows = {}
@@ -96,5 +110,5 @@ def _spans(config: OverlayConfig, mnemonic: str, f: dict[str, int]) -> tuple[Spa
         return (Span(None, f["imm"], f["rows"] * f["count"]),)
     if mnemonic == "storekv":
         return tuple(Span(position % config.ports, f["imm"] + position // config.ports * f["record"], f["record"])
-                     for position in range(f["x"], f["x"] + f["rows"]))
+                     for position in (f["x"] + row for row in rows_in(f)))
     return ()

@@ -74,7 +74,8 @@ class Builder:
     def emit(self, mnemonic: str, *, reads: Resource = NO_RESOURCE, writes: Resource = NO_RESOURCE,
              imm: int = 0, **fields: int) -> int:
         """Append one instruction, return its index. ``imm`` takes unsigned 32-bit patterns too. Raises IsaError."""
-        self.words.append(encode(mnemonic, reads=reads, writes=writes, imm=signed32(imm), **{"list": self.rows} | fields))
+        fields = {"list": self.rows} | fields
+        self.words.append(encode(mnemonic, reads=reads, writes=writes, imm=signed32(imm), **fields))
         self.notes.append(self.note)
         return len(self.words) - 1
 

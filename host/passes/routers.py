@@ -40,6 +40,6 @@ def router_biases(routers: Routers) -> np.ndarray:
     large = np.argwhere(np.abs(routers.bias) >= _BIAS_LIMIT)
     if len(large):
         layer, module = large[0]
-        raise RouterError(f"router bias of layer {layer} {MODULES[module]} must be below {_BIAS_LIMIT} in magnitude, not "
-                          f"{routers.bias[layer, module]:g}")
+        raise RouterError(f"router bias of layer {layer} {MODULES[module]} must be below {_BIAS_LIMIT} in magnitude, "
+                          f"not {routers.bias[layer, module]:g}")
     return np.rint(routers.bias.astype(np.float64) * 2.0**_BIAS_FRACTION).astype(np.int64)

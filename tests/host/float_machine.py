@@ -5,10 +5,11 @@ with the float reference here is compiled wrongly.
 """
 
 import numpy as np
-from skipopu.host.passes.check import Arguments, walk
+from skipopu.host.layout import weight_superbeats
+from skipopu.host.passes.walk import Arguments, rows_in, walk
 from skipopu.host.program import WORD_BYTES, Note, Program
 from skipopu.host.software_device import Outcome, SoftwareDevice
-from skipopu.hw.isa import Destination, MatmulMode, RowScale
+from skipopu.hw.isa import MAX_LAYERS, ROUTER_ROWS_AT, Destination, MatmulMode, RowScale
 
 __all__ = ["FloatDevice", "unpack_weights"]
 
@@ -57,6 +58,7 @@ class FloatDevice(SoftwareDevice):
         self.fail = None
         self.runs = 0
         self._weights = {}
+        self.history = np.zeros((config.history_tokens, MAX_LAYERS), bool)
 
     def execute(self, run):
         self.runs += 1
@@ -64,12 +66,19 @@ class FloatDevice(SoftwareDevice):
             return Outcome(registers={}, fault=(*self.fail, 0))
         words = Program.words_from_bytes(self.ports[0, run.program : run.program + run.length * WORD_BYTES].tobytes())
         program = Program(words, [Note(-1, "")] * run.length)
-        core, count = _Core(self), 0
-        for _, mnemonic, _, fields in walk(program, Arguments(*run.arguments[:4]), run.tokens):
+        core, count, dropped, routes = _Core(self), 0, 0, {}
+
+        def decide(layer):
+            words = core.decisions() if run.forced is None else run.forced[2 * layer : 2 * layer + 2]
+            routes[layer] = tuple(words)
+            return routes[layer]
+
+        for _, mnemonic, _, fields in walk(program, Arguments(*run.arguments[:4]), run.tokens, decide):
             count += 1
-            if hasattr(core, mnemonic):
-                getattr(core, mnemonic)(fields)
-        return Outcome(registers={"INSTRUCTIONS": count, "ARGMAX_INDEX": core.best})
+            dropped += not fields["mask"]
+            if fields["mask"] and hasattr(core, mnemonic):
+                getattr(core, mnemonic)(fields | {"t": rows_in(fields)})
+        return Outcome(registers={"INSTRUCTIONS": count, "DROPPED": dropped, "ARGMAX_INDEX": core.best}, routes=routes)
 
     def superbeats(self, first, count):
         """uint8 [count, W]."""
@@ -99,6 +108,8 @@ class _Core:
         self.mbuf = np.full(config.mbuf_rows * config.lanes, np.nan)
         self.kvout = np.zeros(config.kvout_rows * config.beat_elements, np.float16)
         self.sumsq = np.zeros(config.tokens)
+        self.routers = np.full((2, config.router_rows, config.vector_lanes), np.nan)
+        self.scores = np.full((2, config.tokens), np.nan)
         self.maximum = np.full(config.state_rows, np.nan)
         self.total = np.full(config.state_rows, np.nan)
         self.pending, self.tiles, self.stream, self.logits = [], [], [], None
@@ -112,8 +123,13 @@ class _Core:
         for row in range(f["rows"]):
             data = self.device.superbeats(f["imm"] + row * f["count"], f["count"]).reshape(-1).view(np.float32)
             data = data[: f["beats"] * self.config.vector_lanes].reshape(f["beats"], -1)
-            first = f["x"] + row * f["dst_stride"]
-            self.abuf[first : first + f["beats"]] = data
+            first = (f["x"] & 0xFFFF) + row * f["dst_stride"]
+            if first < ROUTER_ROWS_AT:
+                self.abuf[first : first + f["beats"]] = data
+            else:
+                halves = np.ascontiguousarray(data).view(np.float16).reshape(f["beats"], -1, 2)
+                first -= ROUTER_ROWS_AT
+                self.routers[:, first : first + f["beats"]] = halves.transpose(2, 0, 1)
 
     def _record(self, token, base, record):
         beat = self.config.port_bits // 8
@@ -121,13 +137,21 @@ class _Core:
         return self.device.ports[token % self.config.ports, first : first + record * beat].view(np.float16)
 
     def loadkv(self, f):
-        records = [self._record(token, f["imm"], f["record"]) for token in range(self.config.tile_tokens)]
+        bases = np.full(self.config.tile_tokens, f["imm"])
+        if f["reuse"]:
+            written = self.device.history[f["x"] : f["x"] + len(bases), : f["layer"] + 1]
+            bases += np.where(written.any(1), f["layer"] - written[:, ::-1].argmax(1), 0) * f["layer_stride"]
+        records = [self._record(token, base, f["record"]) for token, base in enumerate(bases.tolist())]
         self.tiles.append(np.stack(records).astype(np.float64).reshape(len(records), 2, f["heads"], -1))
 
     def storekv(self, f):
         record = f["record"] * self.config.beat_elements
-        for row in range(f["rows"]):
-            self._record(f["x"] + row, f["imm"], f["record"])[:] = self.kvout[row * record : (row + 1) * record]
+        for row in f["t"]:
+            position = f["x"] + row
+            self._record(position, f["imm"], f["record"])[:] = self.kvout[row * record : (row + 1) * record]
+            if position < self.config.history_tokens:
+                self.device.history[position] &= f["layer"] > 0
+                self.device.history[position, f["layer"]] = True
 
     def storel(self, f):
         data = self.logits.reshape(f["rows"] * f["count"], self.config.ports, -1).transpose(1, 0, 2)
@@ -147,13 +171,27 @@ class _Core:
         elif mode == MatmulMode.PV:
             result = np.einsum("hgtc,chd->hgtd", rows, self.tile[:, 1])
         else:
-            result = rows @ self.device.weights(f, *self.pending.pop(0)).T
+            count = weight_superbeats(self.config, mode, f["n_tiles"], f["k_tiles"])
+            result = rows @ self.device.weights(f, self._take_weights(count), count).T
         assert result.shape[-1] >= width
         self.stream.append(result[..., :width])
 
+    def dropw(self, f):
+        self._take_weights(f["count"])
+
+    def _take_weights(self, needed):
+        """Where the next superbeats of weights begin, which lie in one piece however many loads brought them."""
+        first, taken = self.pending[0][0], 0
+        while taken < needed:
+            address, count = self.pending.pop(0)
+            assert address == first + taken
+            taken += count
+        assert taken == needed
+        return first
+
     # vector
     def _offsets(self, f, beats):
-        grid = np.ix_(range(f["heads"]), range(f["groups"]), range(f["rows"]), range(beats))
+        grid = np.ix_(range(f["heads"]), range(f["groups"]), f["t"], range(beats))
         strides = (f["head_stride"], f["group_stride"], f["row_stride"], 1)
         return sum(index * stride for index, stride in zip(grid, strides))
 
@@ -161,7 +199,7 @@ class _Core:
         return self.stream.pop(0) * self._scale(f)
 
     def _scale(self, f):
-        rows = np.arange(f["rows"])
+        rows = np.array(f["t"])
         if f["scale"] == RowScale.RSQRT:
             return (1 / np.sqrt(self.sumsq[f["x"] + rows] * self.inv_n + self.eps))[:, None]
         if f["scale"] == RowScale.RECIPROCAL:
@@ -192,8 +230,18 @@ class _Core:
     def vinit(self, f):
         self.maximum[:], self.total[:] = -np.inf, 0
 
+    def vbias(self, f):
+        self.bias = np.array([[f["imm"]], [f["mlp"]]]) * 2.0**-24
+
+    def decisions(self):
+        """Words of ROUTES; rows that were never scored do not execute."""
+        return [int(((score >= 0) << np.arange(len(score))).sum()) for score in self.scores]
+
     def _norm(self, f, values):
-        self.sumsq[: f["rows"]] = (values[0, 0] ** 2).sum(-1)
+        self.sumsq[list(f["t"])] = (values[0, 0] ** 2).sum(-1)
+        if f["route"]:
+            weights = self.routers[:, f["x"] : f["x"] + f["beats"]].reshape(2, -1)
+            self.scores[:, f["t"]] = weights @ values[0, 0].T + self.bias
         self._align(f, values * self._table(f, f["table"], f["beats"]))
 
     def vnorm(self, f):
@@ -210,7 +258,7 @@ class _Core:
         if f["wrap"]:
             half = f["wrap"] * self.config.vector_lanes
             table = np.stack([self._table(f, f["table"] + row * f["table_stride"], 2 * f["wrap"])
-                              for row in range(f["rows"])])
+                              for row in f["t"]])
             repeat = values.shape[-1] // half
             cos, sin = (np.tile(part, repeat) for part in (table[:, :half], table[:, half:]))
             values = values * cos + values.reshape(*values.shape[:3], -1, 2)[..., ::-1].reshape(values.shape) * sin
@@ -221,17 +269,17 @@ class _Core:
             self._align(f, values)
 
     def vswiglu(self, f):
-        pairs = self._take(f).reshape(1, 1, f["rows"], -1, 2, self.config.vector_lanes)
+        pairs = self._take(f).reshape(1, 1, len(f["t"]), -1, 2, self.config.vector_lanes)
         gate, up = pairs[..., 0, :], pairs[..., 1, :]
-        self._align(f, (gate * up / (1 + np.exp(-gate))).reshape(1, 1, f["rows"], -1))
+        self._align(f, (gate * up / (1 + np.exp(-gate))).reshape(1, 1, len(f["t"]), -1))
 
     def _states(self, f):
         heads = np.arange(f["heads"] * f["groups"]).reshape(f["heads"], f["groups"], 1)
-        return heads * self.config.tokens + np.arange(f["rows"])
+        return heads * self.config.tokens + np.array(f["t"])
 
     def vscore(self, f):
         values = self._take(f)
-        last = f["x"] + np.arange(f["rows"])[:, None]
+        last = f["x"] + np.array(f["t"])[:, None]
         values = np.where(np.arange(values.shape[-1]) > last, -np.inf, values)
         self._write(self._source(f), values)
         states = self._states(f)

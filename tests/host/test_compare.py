@@ -9,7 +9,7 @@ from skipopu.host.compiler import compile_model
 from skipopu.host.devices import open_device
 from skipopu.host.effects import run_effects
 from skipopu.host.errors import RequestError
-from skipopu.host.passes.check import Arguments
+from skipopu.host.passes.walk import Arguments
 from skipopu.host.runtime import Accelerator
 from skipopu.hw.config import preset
 from skipopu.hw.registers import DebugBuffer, address
@@ -36,7 +36,7 @@ class FaultyDevice(FunctionalDevice):
             self.memories[0].reshape(-1, self.config.port_bits // 8)[write.rows[0], 3] ^= 1
             self.machine.invalidate()
         elif write.buffer in ("abuf", "mbuf", "kvout"):
-            getattr(self.machine, write.buffer).view(np.uint8)[write.rows[0], 2] ^= 1
+            getattr(self.machine, write.buffer).view(np.uint8)[write.rows, 2] ^= 1
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from skipopu.golden.reference import ReferenceModel
 from skipopu.host.compiler import compile_model
 from skipopu.host.errors import CapacityError, CompileError
 from skipopu.host.model import QuantTensor
-from skipopu.host.passes.check import Arguments, CheckError, check_program, corner_arguments, walk
+from skipopu.host.passes.check import CheckError, check_program, corner_arguments
+from skipopu.host.passes.walk import Arguments, walk
 from skipopu.host.passes.weights import Padding, lower_linear, same_kind
 from skipopu.host.plan import make_plan
 from skipopu.host.program import Program
@@ -196,6 +197,8 @@ MUTATIONS = [
     ("vrope", {"table": 0}, "read before|one region|reads must be"),
     ("vadd", {"imm": 1}, "one region|read before"),
     ("vadd", {"vector": 3}, "aligned vectors"),
+    ("vnorm", {"heads": 2}, "heads and groups must be 1"),
+    ("vadd", {"groups": 2}, "heads and groups must be 1|delivers"),
     ("vscore", {"writes": 0}, "writes must be"),
     ("vprob", {"reads": 0}, "reads must be"),
     ("vmerge", {"head_stride": 0, "group_stride": 0}, "read before|one region|writes must be"),
@@ -217,13 +220,24 @@ def test_checker_finds_a_wrong_field(small, mnemonic, fields, message):
         check_program(program, plan, compiled.map.regions)
 
 
-def test_checker_finds_a_load_between_loadw_and_its_matmul(small):
+def moved(program, pc, to):
+    """The program with one instruction moved to another place."""
+    words = list(program.words)
+    words.insert(to, words.pop(pc))
+    return Program(words, program.notes)
+
+
+def test_checker_finds_a_load_that_weights_block(small):
     compiled, plan = small
-    words, at = list(compiled.program.words), find(compiled.program, "loada", 3)
-    assert decode(words[at + 1])[0].mnemonic == "loadw"
-    words[at], words[at + 1] = words[at + 1], words[at]
-    with pytest.raises(CheckError, match="between LOADW and its MATMUL"):
-        check_program(Program(words, compiled.program.notes), plan, compiled.map.regions)
+    program = compiled.program
+    gain, weights = find(program, "loada", 2), find(program, "loadw")
+    assert gain < find(program, "vnorm") < weights  # the norm feeds the matmul of these weights
+    with pytest.raises(CheckError, match="waits for a load that stands behind its weights"):
+        check_program(moved(program, weights, gain), plan, compiled.map.regions)
+    gain, product = find(program, "loada", 3), find(program, "matmul", 5)
+    assert gain < product < find(program, "vadd")  # the gain of the add behind the matmul
+    with pytest.raises(CheckError, match="behind the weights of the matmul whose results it takes"):
+        check_program(moved(program, gain, product), plan, compiled.map.regions)
 
 
 def test_checker_finds_a_stream_that_nobody_takes(small):

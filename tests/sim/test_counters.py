@@ -5,7 +5,7 @@ from skipopu.golden.random_model import random_model
 from skipopu.host.compiler import compile_model
 from skipopu.host.device import read_register
 from skipopu.host.devices import open_device
-from skipopu.host.passes.check import Arguments, walk
+from skipopu.host.passes.walk import Arguments, walk
 from skipopu.host.runtime import Accelerator
 from skipopu.hw.config import preset
 from skipopu.hw.isa import MatmulMode
