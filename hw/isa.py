@@ -266,7 +266,7 @@ INSTRUCTIONS = (
                 "slot[token] = record of token, for tile_tokens tokens; token r*P+p from port p, "
                 "superbeat imm + r*record; with reuse + last*layer_stride, where last is the highest layer up to "
                 "`layer` in which storekv wrote position x + r*P+p (0 if none)",
-                {"imm": "superbeat address", "x": "position of the tile's first token, a multiple of the ports (reuse)"},
+                {"imm": "superbeat address", "x": "position of the tile's first token, a multiple of P (reuse)"},
                 _place([Field("heads", 8, "KV heads"), Field("head_beats", 8, "port beats of one head"),
                         Field("record", 16, "port beats of one record"), Field("reuse", 1, "follow the history"),
                         Field("layer", 6, "layer"), Field("layer_stride", 24, "superbeats from layer to layer")],
