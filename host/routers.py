@@ -13,7 +13,6 @@ In both modes layer 0 computes keys and values of every token.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .errors import RouterError
+from .model import GROUP
 
 if TYPE_CHECKING:
     from .model import Model
@@ -37,7 +37,6 @@ KV_MODES = ("dense", "reuse")
 MODULES = ("attention", "mlp")  # order of the axis of length 2 everywhere
 _FORMAT = "skipopu-routers"
 _LINEAR, _HIDDEN = ("difference", "bias"), ("hidden_weight", "hidden_bias")
-_LORA = re.compile(r"lora_(down|up)\.([a-z]+)")
 _METADATA = ("version", "kv", "base_model", "layers", "width")
 NAMED_ROUTERS = {f"smollm2:{kv}": f"smollm2-{kv}.safetensors" for kv in KV_MODES}
 _FOLDER = Path(__file__).parent / "data"
@@ -60,8 +59,9 @@ class Routers:
     bias : float32 [layers, 2], execute less skip
     hidden_weight : float16 or float32 [layers, 2, inner, width], and hidden_bias : float32 [layers, 2, inner], of
         two-layer routers; then ``difference`` is [layers, 2, inner] and reads ``relu(hidden_weight @ x + hidden_bias)``
-    lora : by the name of a matrix of every layer, low-rank factors of what the routers' training added to it: float16
-        (down [layers, rank, in], up [layers, out, rank]). `lora.merged` adds up @ down to a model
+    lora : by the name of a tensor of every layer, what the routers' training changed in it, float16: of a matrix
+        [layers, rows, cols / 32], added to all 32 weights of a group, of a norm [layers, width], a relative change.
+        `lora.merged` puts them into a model
     notes : what the file says of its origin, by name; does not change what the routers do
     """
 
@@ -71,7 +71,7 @@ class Routers:
     bias: np.ndarray
     hidden_weight: np.ndarray | None = None
     hidden_bias: np.ndarray | None = None
-    lora: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None
+    lora: Mapping[str, np.ndarray] | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,19 +97,12 @@ class Routers:
                 raise RouterError(f"router {name} must be {list(shape)}, not {list(array.shape)}")
             if bad := int(np.count_nonzero(~np.isfinite(array))):
                 raise RouterError(f"router {name} holds NaN or infinity ({bad} of {array.size})")
-        for part, factors in (self.lora or {}).items():
-            self._check_lora(part, *factors)
-
-    def _check_lora(self, part: str, down: np.ndarray, up: np.ndarray) -> None:
-        for name, array in (f"lora_down.{part}", down), (f"lora_up.{part}", up):
-            if array.dtype != np.float16 or array.ndim != 3 or len(array) != self.layers:
-                raise RouterError(f"router {name} must be float16 [{self.layers} layers, ., .], not {array.dtype} "
-                                  f"{list(array.shape)}")
+        for part, array in (self.lora or {}).items():
+            if array.dtype != np.float16 or array.ndim not in (2, 3) or len(array) != self.layers:
+                raise RouterError(f"router lora.{part} must be float16 [{self.layers} layers, .] or [{self.layers} "
+                                  f"layers, ., .], not {array.dtype} {list(array.shape)}")
             if bad := int(np.count_nonzero(~np.isfinite(array))):
-                raise RouterError(f"router {name} holds NaN or infinity ({bad} of {array.size})")
-        if down.shape[1] != up.shape[2] or not down.shape[1]:
-            raise RouterError(f"router LoRA factors of {part} must share a rank of at least 1, not "
-                              f"{down.shape[1]} and {up.shape[2]}")
+                raise RouterError(f"router lora.{part} holds NaN or infinity ({bad} of {array.size})")
 
     @property
     def is_linear(self) -> bool:
@@ -139,12 +132,13 @@ class Routers:
             if ours != theirs:
                 raise RouterError(f"these routers are for a model with {what} {ours}, but {model.config.name} "
                                   f"has {theirs}")
-        matrices = {part: tensor.shape for part, tensor in model.layer(0).items() if len(tensor.shape) == 2}
-        for part, (down, up) in (self.lora or {}).items():
-            if (shape := (up.shape[1], down.shape[2])) != matrices.get(part):
-                known = f"{list(matrices[part])}" if part in matrices else f"only {', '.join(matrices)}"
-                raise RouterError(f"these routers have LoRA factors for {part} {list(shape)}, but {model.config.name} "
-                                  f"has {known}")
+        shapes = {part: (*tensor.shape[:-1], tensor.shape[-1] // (GROUP if len(tensor.shape) == 2 else 1))
+                  for part, tensor in model.layer(0).items()}
+        for part, array in (self.lora or {}).items():
+            if array.shape[1:] != shapes.get(part):
+                known = f"{list(shapes[part])}" if part in shapes else f"only {', '.join(shapes)}"
+                raise RouterError(f"these routers have LoRA factors for {part} {list(array.shape[1:])}, but "
+                                  f"{model.config.name} has {known}")
         if self.base != model.identity:
             raise RouterError(f"these routers are for the model with hash {self.base[:16]}, but {model.config.name} "
                               f"has {model.identity[:16] or 'none'}")
@@ -153,8 +147,7 @@ class Routers:
 def save_routers(path: str | Path, routers: Routers) -> None:
     """Write a router file: safetensors, with what identifies the model, and the notes, in its metadata."""
     tensors = {name: getattr(routers, name) for name in (*_LINEAR, *(() if routers.is_linear else _HIDDEN))}
-    for part, (down, up) in (routers.lora or {}).items():
-        tensors |= {f"lora_down.{part}": down, f"lora_up.{part}": up}
+    tensors |= {f"lora.{part}": array for part, array in (routers.lora or {}).items()}
     about = {"format": _FORMAT, "version": str(FORMAT_VERSION if routers.lora else 1), "kv": routers.kv,
              "base_model": routers.base, "layers": str(routers.layers), "width": str(routers.width)}
     save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path,
@@ -217,14 +210,12 @@ def _routers(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> Router
                           f"{metadata['version'][:40]!r}")
     expected = (*_LINEAR, *(_HIDDEN if any(name in tensors for name in _HIDDEN) else ()))
     if metadata["version"] != "1":
-        parts = dict.fromkeys(match[2] for name in tensors if (match := _LORA.fullmatch(name)))
-        expected += tuple(f"lora_{half}.{part}" for part in parts for half in ("down", "up"))
+        expected += tuple(name for name in tensors if name.startswith("lora."))
     for what, names in (("missing", [name for name in expected if name not in tensors]),
                         ("unexpected", [name for name in tensors if name not in expected])):
         if names:
             raise RouterError(f"{what} tensors: {', '.join(sorted(names))}")
-    lora = {name.partition(".")[2]: (tensors[name], tensors[name.replace("down", "up", 1)])
-            for name in tensors if name.startswith("lora_down.")}
+    lora = {name.removeprefix("lora."): array for name, array in tensors.items() if name.startswith("lora.")}
     routers = Routers(kv=metadata["kv"], base=metadata["base_model"], lora=lora or None,
                       notes={key: value for key, value in metadata.items() if key not in ("format", *_METADATA)},
                       **{name: array for name, array in tensors.items() if "." not in name})  # type: ignore[arg-type]

@@ -28,10 +28,11 @@ def tune(model: Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hu
                                                       "an earlier layer, or dense.")] = "reuse",
          steps: Annotated[int, typer.Option("--steps", help="Steps in all.")] = 1000,
          batch: Annotated[int, typer.Option("--batch", help="Sequences a step.")] = 4,
-         rank: Annotated[int, typer.Option("--rank", help="Of the LoRA factors; 0 trains routers only.")] = 16,
+         lora: Annotated[bool, typer.Option("--lora/--no-lora", help="Train LoRA factors too, or routers only.")]
+         = True,
          seed: Annotated[int, typer.Option("--seed", min=0, help="Of the random numbers.")] = 0,
          router_rate: Annotated[float, typer.Option("--router-rate", help="Learning rate of the routers.")] = 2e-3,
-         lora_rate: Annotated[float, typer.Option("--lora-rate", help="Learning rate of the LoRA factors.")] = 1.5e-3,
+         lora_rate: Annotated[float, typer.Option("--lora-rate", help="Learning rate of the LoRA factors.")] = 2e-3,
          protect: Annotated[float, typer.Option("--protect", help="Modules that cost more than this when left out, in "
                                                                   "nats per token, always execute.")] = 0.6,
          held_out: Annotated[int, typer.Option("--held-out", help="Sequences at the end of the file that only "
@@ -51,7 +52,7 @@ def tune(model: Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hu
     from ..session import open_source
     from .checkpoint import restore, save
     from .tuner import Settings, Tuner, measure
-    settings = Settings(kv=kv, skip=skip, steps=steps, seed=seed, batch=batch, rank=rank, router_rate=router_rate,
+    settings = Settings(kv=kv, skip=skip, steps=steps, seed=seed, batch=batch, lora=lora, router_rate=router_rate,
                         lora_rate=lora_rate, protect=protect)
     target, checkpoint = Path(output), Path(f"{output}.checkpoint")
     if not target.absolute().parent.is_dir():
@@ -96,9 +97,10 @@ def tune(model: Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hu
                 found = measure(tuner.student, source, unseen[:limit], teacher=teacher)
                 state = (f"; held out perplexity {found.perplexity:.3f} (unrouted {found.unrouted_perplexity:.3f}) at "
                          f"{found.skip:.1%}")
+    tuner.shift_to_goal()
     final = asdict(measure(tuner.student, source, unseen))
     about = {"command": _command(sys.argv), "settings": json.dumps(asdict(settings)),
-             "held_out_before_requantisation": json.dumps(final)}
+             "held_out": json.dumps(final)}
     with whole_file(output) as partial:
         save_routers(partial, tuner.student.routers(about))
     print(f"{output}: {kv} routers, held-out perplexity {final['perplexity']:.3f}, unrouted "

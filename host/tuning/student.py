@@ -3,13 +3,13 @@
 Every module is computed for every token and multiplied by its gate, 0 or 1; the gradient of a gate is that of the
 sigmoid of its score (straight-through), so that a router hears also of the modules that did not run. Scores are linear
 in the raw layer input, as on the overlay, but trained in coordinates where every feature has mean 0 and deviation 1:
-the residual stream has features hundreds of times larger than others. `folded` undoes that exactly.
-Weights change only by low-rank deltas, up @ down (LoRA, arXiv 2106.09685).
+the residual stream has features hundreds of times larger than others. `folded` undoes that.
+Weights change only by low-rank deltas, up @ down (LoRA, arXiv 2106.09685), whose down factor is fixed: it sums the 32
+features that share a minimum in the 4-bit form, so that a merged model rounds nothing away (`host.lora`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,14 +18,17 @@ from skipopu.golden.reference import ReferenceModel, rms_norm, rotate_pairs
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..errors import RouterError
-from ..model import LAYER_TENSORS, Model
+from ..model import GROUP, LAYER_TENSORS, Model
 from ..routers import Routers, check_kv
 
-__all__ = ["LINEAR_PARTS", "Student", "read_share"]
+__all__ = ["FOLDED_PEAK", "FOLDED_SCALE", "LINEAR_PARTS", "NORM_PARTS", "Exploration", "Student", "read_share"]
 
+NORM_PARTS = ("attn_norm", "mlp_norm")
 LINEAR_PARTS = tuple(part for part in LAYER_TENSORS if "norm" not in part)
-FOLDED_PEAK = 1024.0  # largest weight of a folded router, far below where float16 ends
+FOLDED_SCALE = 64.0  # folded routers are this much larger, so that few weights fall below float16's normal numbers
+FIRST_PEAK = 4.0  # coordinate that a sequence's first token reaches at most, by features 1000 times their usual size
+UP_GAIN = GROUP ** -0.5  # of the trained up factors: a sum of 32 features is about so much larger than one
+FOLDED_PEAK = 4096.0  # largest weight of a folded router, far below where float16 ends
 
 
 def read_share(model: Model, kv: str) -> np.ndarray:
@@ -55,19 +58,18 @@ class Exploration:
 
 
 class Student(nn.Module):
-    """A routed Llama with trainable routers and LoRA factors.
+    """A routed Llama with trainable routers and, with ``lora``, up factors and gains of its norms.
 
-    kv : one of KV_MODES; rank : of the LoRA factors, 0 for none; parts : the matrices of a layer that get them
-    protected : bool [layers, 2], modules that always execute
+    kv : one of KV_MODES; protected : bool [layers, 2], modules that always execute
     weight : Parameter [layers, 2, hidden], in standardised coordinates; bias : Parameter [layers, 2]
     ``calibrate`` must be called once before training.
     """
 
-    def __init__(self, model: Model, kv: str, protected: np.ndarray, *, rank: int = 0,
-                 parts: Sequence[str] = LINEAR_PARTS, device: str | torch.device = "cpu", seed: int = 0) -> None:
+    def __init__(self, model: Model, kv: str, protected: np.ndarray, *, lora: bool = False,
+                 device: str | torch.device = "cpu") -> None:
         super().__init__()
         reference = ReferenceModel(model, device=device)
-        self.config, self.kv, self.identity, self.rank = model.config, check_kv(kv), model.identity, rank
+        self.config, self.kv, self.identity = model.config, check_kv(kv), model.identity
         self._reference = reference
         layers, hidden = model.config.layers, model.config.hidden
         self.protected: Tensor
@@ -78,13 +80,11 @@ class Student(nn.Module):
         self.register_buffer("deviation", torch.ones(layers, hidden, device=device))
         self.weight = nn.Parameter(torch.zeros(layers, 2, hidden, device=device))
         self.bias = nn.Parameter(torch.zeros(layers, 2, device=device))
-        generator = torch.Generator().manual_seed(seed)
-        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
-        for part in parts if rank else ():
-            rows, cols = model.layer(0)[part].shape
-            drawn = torch.randn(layers, rank, cols, generator=generator) * cols ** -0.5
-            self.down[part] = nn.Parameter(drawn.to(device))
-            self.up[part] = nn.Parameter(torch.zeros(layers, rows, rank, device=device))
+        self.up = nn.ParameterDict()
+        for part in (*LINEAR_PARTS, *NORM_PARTS) if lora else ():
+            shape = model.layer(0)[part].shape
+            groups = (shape[0], shape[1] // GROUP) if part in LINEAR_PARTS else shape
+            self.up[part] = nn.Parameter(torch.zeros(layers, *groups, device=device))
 
     @property
     def device(self) -> torch.device:
@@ -93,9 +93,14 @@ class Student(nn.Module):
 
     def _linear(self, layer: int, part: str, x: Tensor) -> Tensor:
         rows = functional.linear(x, self._reference.weight(layer, part))
-        if part in self.down:
-            rows = rows + functional.linear(functional.linear(x, self.down[part][layer]), self.up[part][layer])
+        if part in self.up:
+            sums = x.unflatten(-1, (-1, GROUP)).sum(-1)
+            rows = rows + functional.linear(sums * UP_GAIN, self.up[part][layer])
         return rows
+
+    def _norm(self, layer: int, part: str, x: Tensor) -> Tensor:
+        weight = self._reference.weight(layer, part)
+        return rms_norm(x, weight * (1 + self.up[part][layer]) if part in self.up else weight, self.config.rms_eps)
 
     def _heads(self, layer: int, part: str, x: Tensor) -> Tensor:
         return self._linear(layer, part, x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
@@ -131,7 +136,7 @@ class Student(nn.Module):
                 inputs.append(x)
             gate = self._gates(layer, x, explore) if gates is None else gates[layer]
             taken.append(gate)
-            normed = rms_norm(x, reference.weight(layer, "attn_norm"), config.rms_eps)
+            normed = self._norm(layer, "attn_norm", x)
             new_keys = rotate_pairs(self._heads(layer, "k", normed), angles)
             new_values = self._heads(layer, "v", normed)
             if layer and self.kv == "reuse":
@@ -141,7 +146,7 @@ class Student(nn.Module):
             queries = rotate_pairs(self._heads(layer, "q", normed), angles)
             mixed = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
             x = x + gate[..., :1] * self._linear(layer, "o", mixed.transpose(1, 2).flatten(-2))
-            normed = rms_norm(x, reference.weight(layer, "mlp_norm"), config.rms_eps)
+            normed = self._norm(layer, "mlp_norm", x)
             inner = functional.silu(self._linear(layer, "gate", normed)) * self._linear(layer, "up", normed)
             x = x + gate[..., 1:] * self._linear(layer, "down", inner)
         return rms_norm(x, reference.weights["final_norm"], config.rms_eps), torch.stack(taken)
@@ -155,52 +160,51 @@ class Student(nn.Module):
     def calibrate(self, tokens: Tensor) -> None:
         """Set the coordinates of the routers from the layer inputs of int tokens [batch, length].
 
-        A sequence's first token is left out: its features are unlike those of all others.
+        A sequence's first token has features unlike those of all others: it only bounds what becomes of them.
         """
         inputs: list[Tensor] = []
         self(tokens, gates=torch.ones(self.config.layers, *tokens.shape, 2, device=tokens.device), inputs=inputs)
         for layer, x in enumerate(inputs):
             rows = x[:, 1:].flatten(0, 1)
             self.mean[layer] = rows.mean(0)
-            self.deviation[layer] = rows.std(0).clamp(min=1e-6)
+            first = (x[:, 0] - self.mean[layer]).abs().mean(0) / FIRST_PEAK
+            self.deviation[layer] = rows.std(0).clamp(min=1e-6).maximum(first)
 
     @torch.no_grad()
     def folded(self) -> tuple[np.ndarray, np.ndarray]:
         """Difference float16 [layers, 2, hidden] and bias float32 [layers, 2] on the raw layer input.
 
-        A score and its positive multiples decide alike, so a router beyond FOLDED_PEAK is scaled down to it.
+        A score and its positive multiples decide alike: all are FOLDED_SCALE times larger than here, or less where a
+        weight would exceed FOLDED_PEAK.
         """
         weight = self.weight.double() / self.deviation.double()[:, None]
-        scale = (FOLDED_PEAK / weight.abs().amax(-1).clamp(min=1e-30)).clamp(max=1)
-        weight = torch.where(self.protected[..., None], 0.0, weight * scale[..., None]).half().double()
+        scale = (FOLDED_PEAK / weight.abs().amax(-1).clamp(min=1e-30)).clamp(max=FOLDED_SCALE)
+        weight = torch.where(self.protected[..., None], 0.0, weight * scale[..., None])
+        weight = torch.where(weight.abs() < torch.finfo(torch.half).tiny, 0.0, weight).half().double()
         # the mean meets the rounded weights, so that their rounding moves no score of an average input
         bias = self.bias.double() * scale - (weight * self.mean.double()[:, None]).sum(-1)
         bias = torch.where(self.protected, 1.0, bias)
         return weight.cpu().numpy().astype(np.float16), bias.cpu().numpy().astype(np.float32)
 
     def routers(self, notes: dict[str, str] | None = None) -> Routers:
-        """What was trained, as Routers of the model, with their LoRA factors in float16."""
+        """What was trained, as Routers of the model."""
         difference, bias = self.folded()
-        lora = {part: (self.down[part].detach().cpu().numpy().astype(np.float16),
-                       self.up[part].detach().cpu().numpy().astype(np.float16)) for part in self.down}
+        lora = {part: (up.detach() * (UP_GAIN if part in LINEAR_PARTS else 1)).cpu().numpy().astype(np.float16)
+                for part, up in self.up.items()}
         return Routers(kv=self.kv, base=self.identity, difference=difference, bias=bias, lora=lora or None,
                        notes=notes or {})
 
     @torch.no_grad()
     def adopt(self, routers: Routers) -> None:
-        """Start from routers of the same model, of either KV mode, with their LoRA factors if the student has such.
+        """Start from routers of the same model, of either KV mode, with their LoRA factors if it has such.
 
-        Raises RouterError if they have two layers or LoRA factors of another rank or of other matrices.
+        Raises RouterError if the routers have two layers.
         """
         routers.require_linear()
-        raw = torch.tensor(routers.difference.astype(np.float64)).to(self.device)
+        raw = torch.tensor(routers.difference.astype(np.float64)).to(self.device) / FOLDED_SCALE
         self.weight.copy_(raw * self.deviation[:, None])
-        self.bias.copy_(torch.tensor(routers.bias).to(self.device) + (raw * self.mean.double()[:, None]).sum(-1))
-        if routers.lora is None or not self.rank:
-            return
-        theirs = {part: down.shape[1] for part, (down, _) in routers.lora.items()}
-        if theirs != (ours := dict.fromkeys(self.down, self.rank)):
-            raise RouterError(f"the routers to start from have LoRA factors of rank {theirs}, but {ours} are asked for")
-        for part, (down, up) in routers.lora.items():
-            self.down[part].copy_(torch.tensor(down))
-            self.up[part].copy_(torch.tensor(up))
+        self.bias.copy_(torch.tensor(routers.bias).to(self.device) / FOLDED_SCALE
+                        + (raw * self.mean.double()[:, None]).sum(-1))
+        for part, change in (routers.lora or {}).items():
+            if part in self.up:
+                self.up[part].copy_(torch.tensor(change) / (UP_GAIN if part in LINEAR_PARTS else 1))

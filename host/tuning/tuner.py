@@ -53,9 +53,9 @@ class Settings:
     steps: int
     seed: int = 0
     batch: int = 4              # sequences a step
-    rank: int = 16              # of the LoRA factors; 0 leaves the weights as they are
+    lora: bool = True           # also change the weights; without, routers only
     router_rate: float = 2e-3   # learning rates
-    lora_rate: float = 1.5e-3
+    lora_rate: float = 2e-3
     sparsity: float = 10.0      # nats per unit of skip rate that is lacking
     protect: float = 0.6        # nats that leaving a module out may cost before it is essential
     routers_first: float = 0.05  # share of the steps in stage 1
@@ -65,7 +65,7 @@ class Settings:
         check_kv(self.kv)
         if not 0 <= self.skip <= 0.9:
             raise RouterError(f"the skip rate must be 0..0.9, not {self.skip}")
-        for name, least, most in (("steps", 1, 10**7), ("seed", 0, 2**31), ("batch", 1, 4096), ("rank", 0, 256)):
+        for name, least, most in (("steps", 1, 10**7), ("seed", 0, 2**31), ("batch", 1, 4096)):
             if not least <= getattr(self, name) <= most:
                 raise RouterError(f"{name} must be {least}..{most}, not {getattr(self, name)}")
         for name in ("router_rate", "lora_rate", "sparsity", "protect"):
@@ -78,7 +78,7 @@ class Settings:
     @property
     def freeze_at(self) -> int:
         """The first step of stage 3; never comes where there are no LoRA factors."""
-        return self.steps if not self.rank else self.steps - int(self.lora_last * self.steps)
+        return self.steps if not self.lora else self.steps - int(self.lora_last * self.steps)
 
     def wanted(self, step: int) -> float:
         """The skip rate that the loss asks for."""
@@ -90,11 +90,11 @@ class Settings:
         return min(1.0, (step + 1) / WARM_UP) * (LAST_RATE + (1 - LAST_RATE) * cosine)
 
     def explore(self, step: int, generator: torch.Generator) -> Exploration:
-        """How gates are drawn: temperature 2 to 0.5; noise from 1 to 0.1 before the routers freeze, then none."""
+        """How gates are drawn: temperature 2 to 0.5; noise from 0.5 to 0.1 before the routers freeze, then none."""
         part = step / max(1, self.freeze_at)
         if part >= 1:
             return Exploration(temperature=0.5)
-        return Exploration(2.0 - 1.5 * part, max(0.1, min(1.0, 1.5 * (1 - part))), generator)
+        return Exploration(2.0 - 1.5 * part, max(0.1, 0.5 * (1 - part)), generator)
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,11 @@ class Tuner:
         self.model, self.sequences, self.settings = model, sequences, settings
         self.targets = Targets(model, sequences, folder, device)
         self.share = torch.tensor(read_share(model, settings.kv), dtype=torch.float32, device=device)
-        self.student = Student(model, settings.kv, np.zeros((model.config.layers, 2), bool), rank=settings.rank,
-                               device=device, seed=settings.seed)
+        self.student = Student(model, settings.kv, np.zeros((model.config.layers, 2), bool), lora=settings.lora,
+                               device=device)
         self.costs = np.zeros((model.config.layers, 2))
         self.step = 0
-        student, lora = self.student, [*self.student.down.values(), *self.student.up.values()]
+        student, lora = self.student, list(self.student.up.values())
         self.optimiser = torch.optim.Adam([{"params": [student.weight], "peak": settings.router_rate},
                                            {"params": [student.bias], "peak": BIAS_RATE * settings.router_rate},
                                            {"params": lora, "peak": settings.lora_rate}], betas=(0.9, 0.98))

@@ -72,9 +72,8 @@ def test_routers_of_another_model_are_refused(tmp_path, routers, message):
 @pytest.mark.parametrize(["metadata", "tensors", "message"], [
     ({"format": None}, {}, "not a router file: .* format skipopu-routers, not 'none'"),
     ({"version": "3"}, {}, "router files of version 1 or 2 can be read, not '3'"),
-    ({}, {"lora_down.q": np.zeros((2, 4, 64), np.float16)}, "unexpected tensors: lora_down.q"),
-    ({"version": "2"}, {"lora_down.q": np.zeros((2, 4, 64), np.float16)}, "missing tensors: lora_up.q"),
-    ({"version": "2"}, {"lora_mid.q": np.zeros((2, 4, 64), np.float16)}, "unexpected tensors: lora_mid.q"),
+    ({}, {"lora.q": np.zeros((2, 64, 2), np.float16)}, "unexpected tensors: lora.q"),
+    ({"version": "2"}, {"lore.q": np.zeros((2, 64, 2), np.float16)}, "unexpected tensors: lore.q"),
     ({"kv": "both"}, {}, "KV mode must be dense or reuse, not 'both'"),
     ({"kv": None, "width": None}, {}, "the metadata lacks kv, width"),
     ({"layers": "3"}, {}, "the metadata has layers 3, but the tensors 2"),

@@ -8,18 +8,26 @@ from skipopu.golden.routed import RoutedReference
 from skipopu.host.errors import RouterError
 from skipopu.host.lora import merged
 from skipopu.host.routers import KV_MODES, Routers
-from skipopu.host.tuning.student import LINEAR_PARTS, Exploration, Student, read_share
+from skipopu.host.tuning.student import (
+    FOLDED_PEAK,
+    FOLDED_SCALE,
+    LINEAR_PARTS,
+    NORM_PARTS,
+    Exploration,
+    Student,
+    read_share,
+)
 
 MODEL = random_model(3, kinds=("f32",), layers=3)  # f32, so that merging rounds nothing away
 TOKENS = torch.tensor(np.random.default_rng(0).integers(0, MODEL.config.vocab, (2, 24)))
 
 
-def make(kv="reuse", rank=4, protected=(), model=MODEL, seed=0):
+def make(kv="reuse", lora=True, protected=(), model=MODEL, seed=0):
     """A calibrated student with random routers, about half of whose scores are negative, and random LoRA factors."""
     flags = np.zeros((model.config.layers, 2), bool)
     for place in protected:
         flags[place] = True
-    student = Student(model, kv, flags, rank=rank, seed=seed)
+    student = Student(model, kv, flags, lora=lora)
     student.calibrate(TOKENS)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -36,9 +44,9 @@ def executed(gates):
 
 
 @pytest.mark.parametrize("kv", KV_MODES)
-@pytest.mark.parametrize("rank", [0, 4])
-def test_folded_routers_decide_and_answer_as_the_student(kv, rank):
-    student = make(kv, rank, protected=[(1, 0), (2, 1)])
+@pytest.mark.parametrize("lora", [False, True])
+def test_folded_routers_decide_and_answer_as_the_student(kv, lora):
+    student = make(kv, lora, protected=[(1, 0), (2, 1)])
     reference = RoutedReference(*merged(MODEL, student.routers()))
     expected = reference.forward(TOKENS[0])
     with torch.no_grad():
@@ -51,26 +59,28 @@ def test_folded_routers_decide_and_answer_as_the_student(kv, rank):
 
 
 def test_rounding_to_float16_leaves_scores_near():
-    student = make(rank=0)
+    student = make(lora=False)
     difference, bias = student.folded()
     inputs = []
     with torch.no_grad():
         student(TOKENS, inputs=inputs)
         for layer, x in enumerate(inputs):
             raw = x @ torch.tensor(difference[layer].astype(np.float32)).T + torch.tensor(bias[layer])
-            assert torch.allclose(raw, student.scores(layer, x), atol=0.02)
+            assert torch.allclose(raw / FOLDED_SCALE, student.scores(layer, x), atol=0.02)
 
 
 def test_folded_weights_stay_in_float16_however_small_a_feature_is():
-    student = make(rank=0)
+    student = make(lora=False)
     student.deviation[0, 5] = 1e-6
     difference, bias = student.folded()
     assert np.isfinite(difference).all() and np.isfinite(bias).all()
-    assert np.abs(difference).max() <= 1024
+    assert np.abs(difference).max() <= FOLDED_PEAK
+    magnitudes = np.abs(difference[difference != 0])
+    assert magnitudes.min() >= np.finfo(np.float16).tiny  # the overlay reads subnormal numbers as 0
 
 
 def test_without_training_the_lora_factors_change_nothing():
-    student = Student(MODEL, "dense", np.ones((3, 2), bool), rank=8)
+    student = Student(MODEL, "dense", np.ones((3, 2), bool), lora=True)
     expected = RoutedReference(MODEL, Student(MODEL, "dense", np.ones((3, 2), bool)).routers()).forward(TOKENS[0])
     with torch.no_grad():
         assert torch.allclose(student.logits(student(TOKENS[:1])[0])[0], expected, atol=1e-4)
@@ -86,11 +96,11 @@ def test_gradients_reach_every_router_that_may_skip(kv, noise):
         arrives = gradient > 0
         assert not arrives[1, 1]
         assert arrives.sum() == 5
-    assert all(parameter.grad.abs().sum() > 0 for parameter in (*student.down.values(), *student.up.values()))
+    assert all(parameter.grad.abs().sum() > 0 for parameter in student.up.values())
 
 
 def test_a_router_that_skips_hears_what_it_missed():
-    student = make(rank=0)
+    student = make(lora=False)
     with torch.no_grad():
         student.weight.zero_()
         student.bias.fill_(-1)  # nobody executes
@@ -101,7 +111,7 @@ def test_a_router_that_skips_hears_what_it_missed():
 
 
 def test_noise_draws_gates_in_proportion():
-    student = make(rank=0)
+    student = make(lora=False)
     with torch.no_grad():
         student.weight.zero_()
         student.bias.fill_(1.0)
@@ -112,20 +122,37 @@ def test_noise_draws_gates_in_proportion():
 @pytest.mark.parametrize("kv", KV_MODES)
 def test_adopted_routers_come_back(kv):
     first = make("reuse", seed=1)
-    second = Student(MODEL, kv, np.zeros((3, 2), bool), rank=4, seed=2)
+    second = Student(MODEL, kv, np.zeros((3, 2), bool), lora=True)
     second.calibrate(TOKENS)
     second.adopt(first.routers())
     again = second.routers()
     assert again.kv == kv
-    assert np.allclose(again.difference, first.routers().difference, atol=1e-3)
-    assert np.allclose(again.bias, first.routers().bias, atol=1e-3)
-    assert all(np.array_equal(again.lora[part][half], first.routers().lora[part][half])
-               for part in LINEAR_PARTS for half in (0, 1))
+    assert np.allclose(again.difference, first.routers().difference, atol=1e-2, rtol=2e-3)
+    assert np.allclose(again.bias, first.routers().bias, atol=1e-2, rtol=1e-3)
+    for part in (*LINEAR_PARTS, *NORM_PARTS):
+        assert np.allclose(again.lora[part], first.routers().lora[part], rtol=1e-3)
 
 
-def test_routers_with_factors_of_another_rank_are_not_adopted():
-    with pytest.raises(RouterError, match="have LoRA factors of rank .*'q': 4.*but .*'q': 8.* are asked for"):
-        make(rank=8).adopt(make(rank=4).routers())
+def test_routers_without_factors_are_adopted_too():
+    second = make(seed=2)
+    before = {part: up.detach().clone() for part, up in second.up.items()}
+    second.adopt(make("dense", lora=False, seed=1).routers())
+    assert all(torch.equal(up, before[part]) for part, up in second.up.items())
+
+
+def test_the_first_token_has_coordinates_like_the_others():
+    x = []
+    student = make(lora=False)
+    student._reference.weights["embedding"][5] *= 1000
+    tokens = TOKENS.clone()
+    tokens[:, 0] = 5
+    student.calibrate(tokens)
+    with torch.no_grad():
+        student(tokens, inputs=x)
+    for layer, rows in enumerate(x):
+        seen = (rows - student.mean[layer]).abs() / student.deviation[layer]
+        assert seen[:, 0].max() <= 5  # on average of the sequences 4
+        assert rows[:, 0].abs().max() > 10 * rows[:, 1:].abs().max() or layer
 
 
 def test_two_layer_routers_are_not_adopted():

@@ -27,7 +27,7 @@ def tune(folder, *options, output="r.safetensors", model="m.gguf", tokens="t.npz
     """Exit code of the command."""
     with pytest.raises(SystemExit) as end:
         main(["tune", "-m", str(folder / model), "--tokens", str(folder / tokens), "-o", str(folder / output),
-              "--held-out", "2", "--batch", "2", "--rank", "2", "--protect", "100", *options])
+              "--held-out", "2", "--batch", "2", "--protect", "100", *options])
     return end.value.code
 
 
@@ -83,14 +83,12 @@ def test_eval_measures_routed_text_on_the_reference(folder, capsys):
         skipped.append(1 - reference.decisions.mean((0, 2)))
     assert (report["skip_attention"], report["skip_mlp"]) == pytest.approx(tuple(np.mean(skipped, 0)))
     assert report["kl"] > 0 and report["perplexity"] != report["reference_perplexity"]
-    assert evaluate(folder, "--device", "reference", *routers) == 0
-    assert f"skipped {report['skip_attention']:.1%} of attention" in capsys.readouterr().out
 
 
 def test_eval_without_routers_skips_nothing(folder, capsys):
     assert evaluate(folder, "--device", "reference", "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert "skip_mlp" not in report and report["kl"] == 0
+    assert report.get("skip_mlp") is None and report["kl"] == 0
 
 
 @pytest.mark.parametrize(["options", "files", "message"], [

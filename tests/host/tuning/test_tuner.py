@@ -21,7 +21,7 @@ from skipopu.host.tuning.tuner import Settings, Tuner, measure
 
 MODEL = random_model(1, kinds=("f32",), layers=4)
 TEXT = np.random.default_rng(0).integers(0, MODEL.config.vocab, (12, 24))
-SETTINGS = Settings(kv="reuse", skip=0.4, steps=60, batch=2, rank=2, protect=100.0, router_rate=0.01)
+SETTINGS = Settings(kv="reuse", skip=0.4, steps=60, batch=2, protect=100.0, router_rate=0.01)
 
 
 def started(tmp_path, settings=SETTINGS, model=MODEL, text=TEXT):
@@ -37,8 +37,10 @@ def test_the_skip_rate_reaches_its_goal(tmp_path, kv, skip):
     tuner = started(tmp_path, replace(SETTINGS, kv=kv, skip=skip))
     reports = [tuner.advance() for _ in range(60)]
     assert reports[0].skip < 0.15
+    assert measure(tuner.student, MODEL, TEXT).skip == pytest.approx(skip, abs=0.1)
+    tuner.shift_to_goal()
     found = measure(tuner.student, MODEL, TEXT)
-    assert found.skip == pytest.approx(skip, abs=0.06)
+    assert found.skip == pytest.approx(skip, abs=0.08)
     assert found.divergence > 0
     assert [report.step for report in reports] == list(range(1, 61))
 
@@ -155,8 +157,8 @@ def test_routers_to_start_from_are_taken_with_their_factors(tmp_path):
         pass
     again = second.student.routers()
     assert again.kv == "dense"
-    assert np.allclose(again.difference, routers.difference, atol=1e-3)
-    assert np.array_equal(again.lora["q"][1], routers.lora["q"][1])
+    assert np.allclose(again.difference, routers.difference, atol=1e-2, rtol=2e-3)
+    assert np.allclose(again.lora["q"], routers.lora["q"], rtol=1e-3)
 
 
 @pytest.mark.parametrize(["changed", "message"], [
@@ -166,7 +168,6 @@ def test_routers_to_start_from_are_taken_with_their_factors(tmp_path):
     ({"kv": "sparse"}, "KV mode must be dense or reuse, not 'sparse'"),
     ({"steps": 0}, r"steps must be 1\.\.10000000, not 0"),
     ({"batch": 0}, r"batch must be 1\.\.4096, not 0"),
-    ({"rank": -1}, r"rank must be 0\.\.256, not -1"),
     ({"seed": -1}, r"seed must be 0\.\.2147483648, not -1"),
     ({"lora_rate": math.inf}, "lora_rate must be a positive number, not inf"),
     ({"router_rate": 0.0}, "router_rate must be a positive number, not 0.0"),
