@@ -8,7 +8,7 @@ sizes are powers of two, so a tile's addresses are joined fields and one additio
 """
 
 import numpy as np
-from amaranth.hdl import Array, Cat, Module, Mux, Signal, signed
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -94,11 +94,12 @@ class KvShift(wiring.Component):
                     sign.eq(word[15]), significand.eq(Mux(self.zero, 0, Cat(word[:10], hidden))),
                     shift.eq(Mux(distance > _SIGNIFICAND, _SIGNIFICAND + 1, distance)),  # further is 0 as well
                 ]
-            magnitude = (((significand << 1) >> shift) + 1) >> 1
             mantissa = Signal(signed(KV_BITS), name=f"mantissa{index}")
             m.d.comb += self.o[index].eq(mantissa)
+            # Rounding and sign in one addition: with x + 1 = -~x the mantissa is (x + 1) >> 1 or (~x + 1) >> 1.
+            shifted = Cat((significand << 1) >> shift, Const(0, 1)) ^ sign.replicate(KV_BITS + 1)
             with m.If(self.en[1]):
-                m.d.sync += mantissa.eq(Mux(sign, -magnitude, magnitude))
+                m.d.sync += mantissa.eq((shifted.as_signed() + 1) >> 1)
         return m
 
 
