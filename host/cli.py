@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .compiled import Compiled
     from .generation import Generator
     from .model import Model
+    from .routers import Routers
+    from .routes import Force
     from .runtime import Accelerator
 
 __all__ = ["app", "main"]
@@ -42,6 +44,11 @@ ContextOption = Annotated[int | None, typer.Option("--context", help="Positions 
                                                                      "at most 2048.")]
 RoutersOption = Annotated[str | None, typer.Option("--routers", help="Router file, or smollm2:reuse or smollm2:dense: "
                                                                      "tokens skip what it decides.")]
+KvOption = Annotated[str | None, typer.Option("--kv", help="Keys and values of tokens that skip attention: reuse those "
+                                                           "of an earlier layer, or dense. Default: the routers'.")]
+ForceOption = Annotated[float | None, typer.Option("--force-skip", metavar="RATE", help="Skip this share of the "
+                                                   "modules at random in place of the routers' decisions, 0..1.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of the random numbers.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
@@ -55,18 +62,19 @@ def generate(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Tok
              top_k: Annotated[int | None, typer.Option("--top-k", help="Sample from the k likeliest.")] = None,
              top_p: Annotated[float | None, typer.Option("--top-p", help="Sample from the likeliest that reach this "
                                                                          "probability.")] = None,
-             seed: Annotated[int, typer.Option("--seed", min=0, help="Of the random numbers.")] = 0,
-             as_json: JsonOption = False) -> None:
+             routers: RoutersOption = None, kv: KvOption = None, force_skip: ForceOption = None,
+             seed: SeedOption = 0, as_json: JsonOption = False) -> None:
     """Continue a prompt; text on stdout as it comes, timings on stderr."""
-    from .report import LABELS, Timing, memory_report, summary_lines
-    from .session import check_device
+    from .report import LABELS, Timing, memory_report, skip_report, summary_lines
+    from .session import Routing, check_device, route_source
     from .session import prompt_tokens as encode
     check_device(device)
     its_prompt = _prompt(prompt, prompt_tokens)
     source = _open(model)
     tokens = encode(source, *its_prompt, chat)
     sampling = _sampling(temp, top_k, top_p, seed)
-    generator = _open_generator(source, device, config, context)
+    routed = route_source(source, Routing(routers=routers, kv=kv, force_skip=force_skip, seed=seed))
+    generator = _open_generator(device, config, context, *routed)
     decoder = source.tokenizer.stream() if source.tokenizer else None
     text: list[str] = []
 
@@ -89,7 +97,8 @@ def generate(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Tok
     runs, its_config = getattr(generator, "stats", []), getattr(generator, "config", None)
     report = {"text": "".join(text) if decoder else None, "tokens": found, "prompt_tokens": tokens,
               "device": device, "config": its_config.name if its_config else None, "finish": generator.finish,
-              **timing.as_json(), **memory_report(runs, its_config), "labels": LABELS}
+              **timing.as_json(), **memory_report(runs, its_config),
+              **skip_report(generator.decisions), "labels": LABELS}
     if as_json:
         print_json(report)
         return
@@ -104,17 +113,21 @@ def compare(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Toke
             chat: ChatOption = False,
             devices: Annotated[str, typer.Option("--devices", help="Which is right, and which is tested.")]
             = "functional,rtl",
-            config: ConfigOption = None, context: ContextOption = None, as_json: JsonOption = False) -> None:
+            config: ConfigOption = None, context: ContextOption = None, routers: RoutersOption = None,
+            kv: KvOption = None, force_skip: ForceOption = None, seed: SeedOption = 0,
+            as_json: JsonOption = False) -> None:
     """Run two devices side by side; name the first instruction whose result differs, and exit with 1."""
     from .compare import compare as run
-    from .session import parse_devices
+    from .session import Routing, parse_devices, route_source
     from .session import prompt_tokens as encode
     names = parse_devices(devices)
     its_prompt = _prompt(prompt, prompt_tokens)
     source = _open(model)
     tokens = encode(source, *its_prompt, chat)
-    compiled = _compile(source, config, context)
-    first, second = (_open_device(name, compiled) for name in names)
+    model_of, its_routers, force = route_source(source, Routing(routers=routers, kv=kv, force_skip=force_skip,
+                                                               seed=seed))
+    compiled = _compile(model_of, config, context, its_routers)
+    first, second = (_open_device(name, compiled, force) for name in names)
     total = len(tokens) + count - 1
     with progress("comparing", total) as update:
         for so_far in run(first, second, tokens, count):
@@ -140,41 +153,41 @@ def evaluate(model: ModelOption,
              tokens: Annotated[str, typer.Option("--tokens", help=".npz file with `tokens`, integers [n, length].")],
              limit: Annotated[int | None, typer.Option("--limit", help="Sequences to use.")] = None,
              device: DeviceOption = "functional", config: ConfigOption = None,
-             context: ContextOption = None, routers: RoutersOption = None, as_json: JsonOption = False) -> None:
-    """Measure how near a device comes to the float reference: perplexity, KL, top-1 agreement."""
+             context: ContextOption = None, routers: RoutersOption = None, kv: KvOption = None,
+             force_skip: ForceOption = None, seed: SeedOption = 0, as_json: JsonOption = False) -> None:
+    """Measure how near a device comes to the float reference: perplexity, KL, top-1 agreement.
+
+    With routers a device is compared with the reference that has the same routers; the reference itself, with the one
+    that has none.
+    """
     from .errors import RequestError
     from .evaluate import evaluate as run
     from .evaluate import load_sequences
     from .model import Model
-    from .routers import find_routers
-    from .session import REFERENCE, ReferenceGenerator, check_device
+    from .session import REFERENCE, ReferenceGenerator, Routing, check_device, route_source
     check_device(device)
-    if routers is not None and device != REFERENCE:
-        raise RequestError("eval takes --routers with --device reference")
     sequences = load_sequences(tokens, limit)
     source = _open(model)
     if not isinstance(source, Model):
         raise RequestError("eval needs the model itself for the reference; a bundle holds only its compiled form")
     length = sequences.shape[1]
-    reference = ReferenceGenerator(source)
+    model_of, its_routers, force = route_source(source, Routing(routers=routers, kv=kv, force_skip=force_skip,
+                                                               seed=seed))
+    assert isinstance(model_of, Model)
+    routed = ReferenceGenerator(model_of, routers=its_routers, force=force)
     for sequence in sequences:
-        reference.check_tokens(sequence)
-    tested: Generator = reference
-    routed = ReferenceGenerator(source, routers=find_routers(routers, source)) if routers is not None else None
-    if routed is not None:
-        tested = routed
-    elif device != REFERENCE:
-        tested = _open_generator(source, device, config, context or length)
-    skipped: list[tuple[float, float]] = []
+        routed.check_tokens(sequence)
+    reference = routed
+    tested: Generator = routed
+    if device != REFERENCE:
+        tested = _open_generator(device, config, context or length, model_of, its_routers, force)
+    elif its_routers is not None:
+        reference = ReferenceGenerator(source)
     begin = time.perf_counter()
     with progress("evaluating", sequences.size - len(sequences)) as update:
         for total in run(reference, tested, sequences):
             report = total.as_json()
             update(total.tokens, None)
-            if routed is not None:
-                skipped.append(routed.skip_rates)
-    for name, rates in zip(("skip_attention", "skip_mlp"), zip(*skipped)):
-        report[name] = sum(rates) / len(rates)
     kind = "measured" if device == REFERENCE else "simulated"
     labels = dict.fromkeys(report, kind) | {"reference_perplexity": "measured", "tokens": "measured"}
     if as_json:
@@ -184,23 +197,28 @@ def evaluate(model: ModelOption,
     print(f"perplexity {report['perplexity']:.4f} ({kind}), reference {report['reference_perplexity']:.4f} (measured)\n"
           f"KL to the reference {report['kl']:.3e} nats per token ({kind})\n"
           f"top-1 agreement {report['top1']:.2%} ({kind}) over {report['tokens']} tokens (measured)")
-    if skipped:
-        print(f"skipped {report['skip_attention']:.1%} of attention, {report['skip_mlp']:.1%} of MLP modules ({kind})")
+    if its_routers is not None:
+        alike = report["decision_agreement"]
+        print(f"skipped {report['skip_attention']:.1%} of attention, {report['skip_mlp']:.1%} of MLP modules ({kind})"
+              + (f"; {alike:.2%} of the decisions are the reference's" if alike is not None else ""))
     note(f"took {time.perf_counter() - begin:.1f} s (measured)")
 
 
 @app.command("compile")
 def compile_command(model: ModelOption,
                     output: Annotated[str, typer.Option("-o", "--output", help="Bundle to write.")],
-                    config: ConfigOption = None, context: ContextOption = None, as_json: JsonOption = False) -> None:
+                    config: ConfigOption = None, context: ContextOption = None, routers: RoutersOption = None,
+                    kv: KvOption = None, as_json: JsonOption = False) -> None:
     """Compile a model into one bundle file for a configuration."""
     from .bundle import save_bundle
     from .compiled import Compiled
     from .errors import RequestError
+    from .session import Routing, route_source
     source = _open(model)
     if isinstance(source, Compiled):
         raise RequestError(f"{model} is already compiled, for configuration {source.config.name}")
-    compiled = _compile(source, config, context)
+    model_of, its_routers, _ = route_source(source, Routing(routers=routers, kv=kv))
+    compiled = _compile(model_of, config, context, its_routers)
     with whole_file(output) as partial, progress(f"writing {output}"):
         save_bundle(partial, compiled)
         size = partial.stat().st_size
@@ -289,29 +307,29 @@ def _open(model: str) -> Model | Compiled:
         return open_source(model)
 
 
-def _compile(source: Model | Compiled, config: str | None, context: int | None) -> Compiled:
+def _compile(source: Model | Compiled, config: str | None, context: int | None, routers: Routers | None) -> Compiled:
     from .session import compile_source
     with progress("compiling"):
-        return compile_source(source, config, context)
+        return compile_source(source, config, context, routers)
 
 
-def _open_device(name: str, compiled: Compiled) -> Accelerator:
+def _open_device(name: str, compiled: Compiled, force: Force | None) -> Accelerator:
     from .session import open_accelerator
     with progress(f"opening {name}") as update:
-        return open_accelerator(name, compiled, log=lambda line: update(None, f"opening {name}: {line[:80]}"))
+        return open_accelerator(name, compiled, lambda line: update(None, f"opening {name}: {line[:80]}"), force)
 
 
-def _open_generator(source: Model | Compiled, device: str, config: str | None,
-                    context: int | None) -> Generator:
+def _open_generator(device: str, config: str | None, context: int | None, source: Model | Compiled,
+                    routers: Routers | None, force: Force | None) -> Generator:
     from .session import REFERENCE, ReferenceGenerator
     if device != REFERENCE:
-        return _open_device(device, _compile(source, config, context))
+        return _open_device(device, _compile(source, config, context, routers), force)
     from .errors import RequestError
     from .model import Model
     if not isinstance(source, Model):
         raise RequestError("the reference needs the model itself; a bundle holds only its compiled form")
     with progress("preparing the reference"):
-        return ReferenceGenerator(source, context)
+        return ReferenceGenerator(source, context, routers, force)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -1,8 +1,9 @@
 """Run one program on two devices and name the first instruction whose result differs.
 
-After every run of the program the memory it wrote (keys, values, logits) and the token it chose are compared bit for
-bit. At a difference the run is repeated on both devices, cut after ever fewer instructions (INSTRUCTION_LIMIT), and the
-rows written so far are compared through ``Device.inspect``: a binary search for the first result that differs.
+After every run of the program the memory it wrote (keys, values, logits), the routes and the token it chose are
+compared bit for bit. At a difference the run is repeated on both devices, cut after ever fewer instructions
+(INSTRUCTION_LIMIT), and the rows written so far are compared through ``Device.inspect``: a binary search for the first
+result that differs.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import Any
 import numpy as np
 from skipopu.hw.registers import DebugBuffer
 
+from .device import read_register
 from .effects import Effect, Span, run_effects
 from .errors import RequestError
 from .passes.walk import Arguments
+from .routes import words_of_routes
 from .runtime import Accelerator
 
 __all__ = ["Comparison", "Difference", "compare"]
@@ -80,10 +83,12 @@ class _Pair:
 
     def run(self, tokens: list[int]) -> _Run:
         """One run on both, with the logits of every row."""
-        arguments = Arguments(self.both[0].position, len(tokens), 0, len(tokens))
+        expected, position = self.both[0], self.both[0].position
         for accelerator in self.both:
             accelerator.run(tokens, 0, len(tokens))
-        return _Run(arguments.position, tokens, run_effects(self.config, self.program, arguments, tokens))
+        words = [] if (routes := expected.stats[-1].routes) is None else words_of_routes(routes)
+        arguments = Arguments(position, len(tokens), 0, len(tokens), tuple(zip(words[::2], words[1::2])))
+        return _Run(position, tokens, run_effects(self.config, self.program, arguments, tokens))
 
     def cut(self, run: _Run, count: int) -> None:
         """Repeat the first ``count`` instructions of a run. The reset empties queues, memory stays."""
@@ -99,6 +104,12 @@ class _Pair:
         first, second = (np.concatenate(
             [item.device.read_memory(port, span.address * beat, span.superbeats * beat).reshape(-1, beat)
              for port in ports], axis=1) for item in self.both)
+        return first, second
+
+    def routes(self, layer: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The routes of a layer on both, words of attention and MLP."""
+        first, second = ((read_register(item.device, "ROUTES", 2 * layer),
+                          read_register(item.device, "ROUTES", 2 * layer + 1)) for item in self.both)
         return first, second
 
     def rows(self, buffer: DebugBuffer, row: int) -> tuple[bytes, bytes]:
@@ -127,7 +138,7 @@ def compare(expected: Accelerator, got: Accelerator, prompt: Sequence[int], coun
         run = pair.run(parts.pop(0))
         result.runs += 1
         result.logits += len(run.tokens) * expected.vocab
-        if _memory_difference(pair, run.effects) or expected.argmax() != got.argmax():
+        if _differs(pair, run.effects) or expected.argmax() != got.argmax():
             result.difference = _find(pair, run)
         elif not parts:
             result.generated.append(expected.argmax())
@@ -147,6 +158,19 @@ def _memory_difference(pair: _Pair, effects: Sequence[Effect]) -> tuple[Span, in
     return None
 
 
+def _differs(pair: _Pair, effects: Sequence[Effect]) -> bool:
+    """Whether memory or routes differ after ``effects``."""
+    return _other_route(pair, effects) is not None or _memory_difference(pair, effects) is not None
+
+
+def _other_route(pair: _Pair, effects: Sequence[Effect]) -> Effect | None:
+    """The first of ``effects`` that takes a route which differs."""
+    for effect in effects:
+        if effect.route is not None and len(set(pair.routes(effect.route))) > 1:
+            return effect
+    return None
+
+
 def _chip_differences(pair: _Pair, effects: Sequence[Effect]) -> set[tuple[DebugBuffer, int]]:
     """(buffer, row) of everything written by ``effects`` that differs now."""
     written = {(buffer, int(row)) for effect in effects for buffer, rows in effect.rows.items() for row in rows}
@@ -155,7 +179,7 @@ def _chip_differences(pair: _Pair, effects: Sequence[Effect]) -> set[tuple[Debug
 
 def _find(pair: _Pair, run: _Run) -> Difference:
     """Search the run for its first different result; both devices are reset and cut in the search."""
-    if _memory_difference(pair, run.effects) is None:
+    if not _differs(pair, run.effects):
         return _argmax(pair, run)
     verdict = _whole_run(pair, run)  # while the results of the whole run are still in memory
     cuts = [0] + [index + 1 for index, effect in enumerate(run.effects) if effect.cut]
@@ -164,7 +188,7 @@ def _find(pair: _Pair, run: _Run) -> Difference:
         middle = (equal + differs) // 2
         pair.cut(run, cuts[middle])
         done = run.effects[: cuts[middle]]
-        if _memory_difference(pair, done) or _chip_differences(pair, done):
+        if _differs(pair, done) or _chip_differences(pair, done):
             differs = middle
         else:
             equal = middle
@@ -174,6 +198,8 @@ def _find(pair: _Pair, run: _Run) -> Difference:
     group = run.effects[cuts[equal] : cuts[differs]]
     rows = _chip_differences(pair, group)
     for effect in group:
+        if _other_route(pair, [effect]) is not None:
+            return _in_routes(pair, run, effect)
         if _memory_difference(pair, [effect]) is not None:
             return _in_memory(pair, run, effect)
         for buffer, written in effect.rows.items():
@@ -185,8 +211,11 @@ def _find(pair: _Pair, run: _Run) -> Difference:
 
 def _whole_run(pair: _Pair, run: _Run) -> Difference:
     """The difference as a whole run shows it, for when no cut shows one."""
+    hint = " (cut runs agree, so the result depends on timing)"
+    if (effect := _other_route(pair, run.effects)) is not None:
+        return _in_routes(pair, run, effect, hint)
     effect = next(effect for effect in run.effects if _memory_difference(pair, [effect]) is not None)
-    return _in_memory(pair, run, effect, " (cut runs agree, so the result depends on timing)")
+    return _in_memory(pair, run, effect, hint)
 
 
 def _argmax(pair: _Pair, run: _Run) -> Difference:
@@ -201,6 +230,14 @@ def _difference(run: _Run, pc: int, instruction: str, tensor: str, place: str, r
                 got: str) -> Difference:
     return Difference(position=run.position, tokens=len(run.tokens), pc=pc, instruction=instruction, tensor=tensor,
                       place=place, row=row, element=element, expected=expected, got=got)
+
+
+def _in_routes(pair: _Pair, run: _Run, effect: Effect, hint: str = "") -> Difference:
+    assert effect.route is not None
+    first, second = pair.routes(effect.route)
+    module = int(first[0] == second[0])
+    return _difference(run, effect.pc, pair.program.describe(effect.pc) + hint, pair.program.notes[effect.pc].tensor,
+                       "ROUTES", 2 * effect.route + module, 0, f"{first[module]:#b}", f"{second[module]:#b}")
 
 
 def _in_memory(pair: _Pair, run: _Run, effect: Effect, hint: str = "") -> Difference:

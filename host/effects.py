@@ -34,7 +34,7 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class Effect:
-    """One dispatched instruction: what it writes, and whether the run may be cut behind it. A dropped one writes nothing.
+    """One dispatched instruction: what it writes (nothing if it is dropped), and whether the run may be cut behind it.
 
     rows : on-chip rows, sorted int64 for each buffer; spans : of memory; route : layer whose routes it takes
     cut : no stream between two units is open, so INSTRUCTION_LIMIT may stop here

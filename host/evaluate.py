@@ -26,6 +26,11 @@ class Evaluation:
     reference_loss: float = 0.0
     divergence: float = 0.0
     agreed: int = 0
+    decided: int = 0  # layers of all tokens where the device's routers decided
+    attended: int = 0  # of these, where attention ran
+    fed: int = 0  # and where the MLP ran
+    both_decided: int = 0  # modules of all tokens for which the reference has routers too
+    decided_alike: int = 0
 
     def add(self, reference: np.ndarray, device: np.ndarray, targets: np.ndarray) -> None:
         """Count rows of logits, float32 [rows, vocab] each, and the tokens that follow them."""
@@ -37,12 +42,33 @@ class Evaluation:
         self.divergence += float((np.exp(expected) * (expected - got)).sum())
         self.agreed += int((expected.argmax(1) == got.argmax(1)).sum())
 
+    def add_decisions(self, reference: np.ndarray | None, device: np.ndarray | None) -> None:
+        """Count the routes of one sequence, bool [layers, 2, tokens] each, or None without routers."""
+        if device is None:
+            return
+        self.decided += device[:, 0].size
+        self.attended += int(device[:, 0].sum())
+        self.fed += int(device[:, 1].sum())
+        if reference is not None:
+            self.both_decided += device.size
+            self.decided_alike += int((reference == device).sum())
+
     def as_json(self) -> dict[str, Any]:
-        """perplexity, reference_perplexity, kl (nats per token, from the reference), top1 (share), tokens."""
+        """perplexity, reference_perplexity, kl (nats per token, from the reference), top1 (share), tokens.
+
+        And of the device's routes, None without routers: skip_attention, skip_mlp (shares of the modules), and
+        decision_agreement (share of the modules that the reference decides alike), None if that has no routers.
+        """
+        def share(part: int, whole: int) -> float | None:
+            return part / whole if whole else None
+
         count = self.tokens
+        routes = {"skip_attention": share(self.decided - self.attended, self.decided),
+                  "skip_mlp": share(self.decided - self.fed, self.decided),
+                  "decision_agreement": share(self.decided_alike, self.both_decided)}
         return {"perplexity": math.exp(self.loss / count),
                 "reference_perplexity": math.exp(self.reference_loss / count), "kl": self.divergence / count,
-                "top1": self.agreed / count, "tokens": count}
+                "top1": self.agreed / count, "tokens": count, **routes}
 
     def copy(self) -> Evaluation:
         """What was counted so far, on its own."""
@@ -101,4 +127,6 @@ def evaluate(reference: Generator, device: Generator,
             if len(targets):
                 total.add(expected[rows], got[: len(targets)], targets)
             first += len(got)
+            if first == len(tokens):
+                total.add_decisions(None if device is reference else reference.decisions, device.decisions)
             yield total.copy()

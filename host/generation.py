@@ -26,6 +26,11 @@ class Generator(ABC):
     position: int = 0
     finish: str = ""
 
+    @property
+    def decisions(self) -> np.ndarray | None:
+        """bool [layers, 2, position], true where attention and MLP ran for a token; None without routers."""
+        return None
+
     @abstractmethod
     def prefill(self, tokens: Sequence[int]) -> int:
         """Append a prompt; returns the likeliest next token. Logits of the last token are then available."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from .compiled import Compiled
 from .device import Device, read_register, write_register
-from .errors import DeviceError, RequestError
+from .errors import DeviceError, RequestError, RouterError
 from .generation import Generator
 from .layout import unpack_logits
+from .routes import Force, check_forced, forced_routes, routes_from_words, words_of_routes
 
 __all__ = ["Accelerator", "RunStats"]
 
@@ -24,6 +25,7 @@ class RunStats:
     """One run of the program: a chunk of prompt, or one token.
 
     seconds : on this machine's clock; counters : of the device, see ``Device.counters``
+    routes : bool [layers, 2, tokens], true where attention and MLP ran; None for a program without routers
     """
 
     position: int
@@ -31,19 +33,26 @@ class RunStats:
     head_rows: int
     seconds: float
     counters: dict[str, int]
+    routes: np.ndarray | None = field(default=None, compare=False)
 
 
 class Accelerator(Generator):
     """A model on a device. Constructing it checks the device and loads program and image.
 
+    force : takes the place of the routers' decisions, see `routes`; changes nothing in memory or program
     stats : one RunStats per run since ``clear``
-    Raises DeviceError if the device is another configuration than the model was compiled for, or has too little memory.
+    Raises DeviceError if the device is another configuration than the model was compiled for, or has too little memory,
+    RouterError for routes forced on a program without routers, or of another number of layers.
     """
 
-    def __init__(self, device: Device, compiled: Compiled, timeout: float = 600.0, watchdog: int = 1_000_000) -> None:
+    def __init__(self, device: Device, compiled: Compiled, timeout: float = 600.0, watchdog: int = 1_000_000,
+                 force: Force | None = None) -> None:
         self.device, self.compiled, self.map, self.config = device, compiled, compiled.map, compiled.config
         self.vocab, self.context, self.eos_ids = self.map.vocab, self.map.context, self.map.eos_ids
-        self.timeout = timeout
+        self.timeout, self.force = timeout, force
+        if force is not None and not self.map.kv:
+            raise RouterError("routes can be forced only on a model that was compiled with routers")
+        check_forced(force, self.map.layers)
         self.stats: list[RunStats] = []
         self._last_rows = 0
         if device.config.config_hash != self.config.config_hash:
@@ -76,6 +85,7 @@ class Accelerator(Generator):
         write_register(device, "PROGRAM_LENGTH", len(self.compiled.program.words))
         write_register(device, "MEMORY_LIMIT", self.map.memory)
         write_register(device, "WATCHDOG", watchdog)
+        write_register(device, "ROUTE_FORCE", int(self.force is not None))
 
     def _byte_address(self, region: str) -> int:
         return self.map.address(region) * self.config.port_bits // 8
@@ -108,6 +118,10 @@ class Accelerator(Generator):
             write_register(device, "TOKEN_TABLE", int(token), index)
         for name, value in zip(_ARGUMENTS, (self.position, len(tokens), head_row, head_rows)):
             write_register(device, name, value)
+        if self.force is not None:
+            forced = forced_routes(self.force, self.map.layers, self.position, len(tokens))
+            for index, word in enumerate(words_of_routes(forced)):
+                write_register(device, "ROUTES_FORCED", word, index)
         write_register(device, "INSTRUCTION_LIMIT", instructions)
         begin = time.perf_counter()
         device.start()
@@ -117,10 +131,21 @@ class Accelerator(Generator):
             cause, pc, port = fault
             raise DeviceError(f"the accelerator stopped with {cause.name} (port {port}) at "
                               f"{self.compiled.program.describe(pc)}; reset it before the next run")
+        routes = None
+        if self.map.kv:
+            words = [read_register(device, "ROUTES", index) for index in range(2 * self.map.layers)]
+            routes = routes_from_words(words, len(tokens))
         self.stats.append(RunStats(position=self.position, tokens=len(tokens), head_rows=head_rows, seconds=seconds,
-                                   counters=device.counters()))
+                                   counters=device.counters(), routes=routes))
         self._last_rows = head_rows
         self.position += len(tokens)
+
+    @property
+    def decisions(self) -> np.ndarray | None:
+        found = [run.routes for run in self.stats if run.routes is not None]
+        if not self.map.kv:
+            return None
+        return np.concatenate(found, axis=2) if found else np.zeros((self.map.layers, 2, 0), bool)
 
     def prefill(self, tokens: Sequence[int]) -> int:
         """Read a prompt in chunks; returns the likeliest next token. Logits of the last token are then available."""

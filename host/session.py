@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -20,15 +21,15 @@ from .generation import Generator
 from .load import load_model
 from .lora import merged
 from .model import Model
+from .routers import Routers, check_kv, find_routers
+from .routes import Force, RandomRoutes, always_executing
 from .runtime import Accelerator
 
 if TYPE_CHECKING:
     import torch
 
-    from .routers import Routers
-
-__all__ = ["DEFAULT_CONFIG", "REFERENCE", "ReferenceGenerator", "check_device", "compile_source", "open_accelerator",
-           "open_source", "parse_devices", "prompt_tokens"]
+__all__ = ["DEFAULT_CONFIG", "REFERENCE", "ReferenceGenerator", "Routing", "check_device", "compile_source",
+           "open_accelerator", "open_source", "parse_devices", "prompt_tokens", "route_source"]
 
 DEFAULT_CONFIG = "sim"
 REFERENCE = "reference"  # not a device: it runs models, not programs
@@ -44,15 +45,51 @@ def open_source(spec: str) -> Model | Compiled:
     return load_bundle(spec) if is_bundle else load_model(spec)
 
 
-def compile_source(source: Model | Compiled, config: str | None = None, context: int | None = None) -> Compiled:
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """What a user asks of routers: a file or name, another KV mode than theirs, a rate of forced skips and its seed."""
+
+    routers: str | None = None
+    kv: str | None = None
+    force_skip: float | None = None
+    seed: int = 0
+
+
+def route_source(source: Model | Compiled, asked: Routing) -> tuple[Model | Compiled, Routers | None, Force | None]:
+    """The model with its routers' LoRA factors, the routers (None without), what takes the place of their decisions.
+
+    A KV mode or forced skips without routers give the model routers that skip nothing by themselves; KV mode "reuse" if
+    none is named. Raises RouterError for routers that cannot be used, an unknown KV mode or an impossible rate,
+    BundleError for routers beside a bundle, which holds its own, and for forced skips on one without.
+    """
+    force = None if asked.force_skip is None else RandomRoutes(asked.force_skip, asked.seed)
+    if asked.kv is not None:
+        check_kv(asked.kv)
+    if isinstance(source, Compiled):
+        if asked.routers is not None or asked.kv is not None:
+            raise BundleError("a bundle is made with its routers and KV mode; give --routers and --kv to compile")
+        if force is not None and not source.map.kv:
+            raise BundleError("the bundle is made without routers, so that nothing can skip; compile the model with "
+                              "--routers or --kv")
+        return source, None, force
+    if asked.routers is None:
+        if asked.kv is None and force is None:
+            return source, None, None
+        return source, always_executing(source, asked.kv or "reuse"), force
+    routers = find_routers(asked.routers, source)
+    return *merged(source, replace(routers, kv=asked.kv or routers.kv)), force
+
+
+def compile_source(source: Model | Compiled, config: str | None = None, context: int | None = None,
+                   routers: Routers | None = None) -> Compiled:
     """The compiled model: a Model is compiled for ``config`` (by default `sim`), a bundle must have been.
 
     Raises ConfigError for an unknown configuration, BundleError for a bundle of another configuration or context,
-    CompileError if the model does not fit.
+    CompileError if the model does not fit, RouterError for routers that the overlay cannot run.
     """
     chosen: OverlayConfig | None = None if config is None else preset(config)
     if isinstance(source, Model):
-        return compile_model(source, chosen or preset(DEFAULT_CONFIG), context)
+        return compile_model(source, chosen or preset(DEFAULT_CONFIG), context, routers)
     if chosen is not None and chosen.config_hash != source.config.config_hash:
         raise BundleError(f"the bundle is made for configuration {source.config.name} "
                           f"({source.config.config_hash:#010x}), not {chosen.name} ({chosen.config_hash:#010x}); "
@@ -113,15 +150,17 @@ def check_device(name: str) -> None:
 
 
 def open_accelerator(name: str, compiled: Compiled, log: Callable[[str], None] | None = None,
-                     **options: Any) -> Accelerator:
+                     force: Force | None = None, **options: Any) -> Accelerator:
     """``compiled`` loaded on a newly opened device of that name.
 
     log : is told of steps that take long, where the device has such; options : of the device
+    force : takes the place of the routers' decisions
     """
     beat_bytes = compiled.config.port_bits // 8
     if log is not None and "log" in _options(name):
         options["log"] = log
-    return Accelerator(open_device(name, compiled.config, compiled.map.memory * beat_bytes, **options), compiled)
+    return Accelerator(open_device(name, compiled.config, compiled.map.memory * beat_bytes, **options), compiled,
+                       force=force)
 
 
 def _options(name: str) -> set[str]:
@@ -136,10 +175,12 @@ def _options(name: str) -> set[str]:
 class ReferenceGenerator(Generator):
     """The float reference with the interface of an accelerator; ``context`` defaults to the model's.
 
-    routers : let them decide what runs, on the model with their LoRA factors merged
+    routers : let them decide what runs, on the model with their LoRA factors merged; force : takes the place of their
+        decisions
     """
 
-    def __init__(self, model: Model, context: int | None = None, routers: Routers | None = None) -> None:
+    def __init__(self, model: Model, context: int | None = None, routers: Routers | None = None,
+                 force: Force | None = None) -> None:
         from skipopu.golden.reference import ReferenceModel
         from skipopu.golden.routed import RoutedReference
         if context is not None and not 1 <= context <= model.config.context:
@@ -148,17 +189,12 @@ class ReferenceGenerator(Generator):
         self.vocab, self.eos_ids = model.config.vocab, model.config.eos_ids
         self.context = context or model.config.context
         self.model: ReferenceModel = (ReferenceModel(model) if routers is None
-                                      else RoutedReference(*merged(model, routers)))
+                                      else RoutedReference(*merged(model, routers), force=force))
         self._last: torch.Tensor | None = None
 
     @property
-    def skip_rates(self) -> tuple[float, float]:
-        """Shares of attention and of MLP modules that the tokens since ``clear`` skipped; 0 without routers."""
-        decisions = getattr(self.model, "decisions", None)
-        if decisions is None or not decisions.size:
-            return 0.0, 0.0
-        attention, mlp = 1 - decisions.mean((0, 2))
-        return float(attention), float(mlp)
+    def decisions(self) -> np.ndarray | None:
+        return getattr(self.model, "decisions", None)
 
     def prefill(self, tokens: Sequence[int]) -> int:
         self.check_tokens(tokens)

@@ -54,8 +54,8 @@ class LoadOrder:
             waits = max(waits, self._units[Unit.VECTOR])
         if weights:
             _require(waits < weights[0], "it waits for a load that stands behind its weights")
-            _require(self.loads - weights[0] < self.depth,
-                     f"{self.loads - weights[0]} loads stand behind its weights, more than wait in a queue of {self.depth}")
+            behind = self.loads - weights[0]
+            _require(behind < self.depth, f"{behind} loads stand behind its weights, a queue holds {self.depth}")
         waits = max(waits, tile)
         if takes:
             first, last = self._streams.pop(0)
