@@ -20,15 +20,15 @@ class AxiMemory:
     data : bytearray; base : byte address of its first byte; latency : cycles from request to first beat, and from the
     last written beat to the response; stall : probability of a pause in each cycle on each channel
     errors : {byte address of a beat: response code}; requests : (address, beats) of every burst; beats : cycle of each
-    beat read
+    beat read; clock : of the port, `dut.clk` if None
     """
 
-    def __init__(self, dut, prefix, data, *, base=0, latency=8, stall=0.0, seed=0, errors=None):
+    def __init__(self, dut, prefix, data, *, base=0, latency=8, stall=0.0, seed=0, errors=None, clock=None):
         self.data, self.base, self.latency, self.stall = data, base, latency, stall
         self.errors = dict(errors or {})
         self.reads, self.writes, self.beats = [], [], []
         self._random = random.Random(f"{prefix} {seed}")
-        self._clock = RisingEdge(dut.clk)
+        self._clock = RisingEdge(dut.clk if clock is None else clock)
         self._signal = lambda name: getattr(dut, f"{prefix}__{name}")
         if hasattr(dut, f"{prefix}__araddr"):
             cocotb.start_soon(self._read())
