@@ -121,8 +121,10 @@ class FunctionalMachine(MachineState):
             self.counters["saturations"] = self.saturations
 
     def reset(self) -> None:
-        """State after power-up; memories and what was unpacked from them are kept."""
+        """State after power-up; memories, what was unpacked from them and the history of records are kept."""
+        history = self.history
         super().__init__(self.config)
+        self.history = history  # a memory too, and what it says of records stays true
         self._matrix.forget_tiles()
 
     def invalidate(self, address: int | None = None, size: int = 0) -> None:
