@@ -204,6 +204,53 @@ def evaluate(model: ModelOption,
     note(f"took {time.perf_counter() - begin:.1f} s (measured)")
 
 
+@app.command()
+def routes(model: ModelOption, prompt: PromptOption = None, prompt_tokens: TokensOption = None,
+           count: Annotated[int, typer.Option("-n", "--tokens", help="Tokens to generate behind the prompt.")] = 16,
+           chat: ChatOption = False, device: DeviceOption = "functional", config: ConfigOption = None,
+           context: ContextOption = None, routers: RoutersOption = None, kv: KvOption = None,
+           force_skip: ForceOption = None, seed: SeedOption = 0,
+           output: Annotated[str | None, typer.Option("-o", "--output", help="Picture to write, .png or .svg.")] = None,
+           as_json: JsonOption = False) -> None:
+    """Show which modules each token skips, layer by layer."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from .errors import RequestError
+    from .session import Routing, check_device, route_source
+    from .session import prompt_tokens as encode
+    from .skip_map import FORMATS, draw, print_map, rates
+    check_device(device)
+    its_prompt = _prompt(prompt, prompt_tokens)
+    if output is not None and Path(output).suffix not in FORMATS:
+        raise RequestError(f"{output}: a skip map is written as {' or '.join(FORMATS)}")
+    source = _open(model)
+    tokens = encode(source, *its_prompt, chat)
+    asked = Routing(routers=routers, kv=kv, force_skip=force_skip, seed=seed)
+    generator = _open_generator(device, config, context, *route_source(source, asked))
+    with progress(f"generating {count} tokens", count) as update:
+        for done, _ in enumerate(generator.generate(tokens, count), 1):
+            update(done, None)
+    decisions = generator.decisions
+    if decisions is None:
+        raise RequestError("no routers decide here; give --routers or --force-skip")
+    if output is not None:
+        with whole_file(output) as partial:
+            draw(partial, decisions, len(tokens), _title(source), Path(output).suffix)
+    found = rates(decisions)
+    if as_json:
+        print_json({"device": device, "prompt_tokens": tokens, "layers": decisions.shape[0],
+                    "tokens": decisions.shape[2], **found, "executed": decisions.astype(int).tolist(),
+                    "labels": dict.fromkeys(("skip_attention", "skip_mlp", "skip_by_layer", "executed"), "simulated")})
+        return
+    print_map(Console(highlight=False), decisions, len(tokens))
+    print(f"skipped {found['skip_attention']:.1%} of attention, {found['skip_mlp']:.1%} of MLP modules (simulated) by "
+          f"{decisions.shape[2]} tokens, {len(tokens)} of them prompt")
+    if output is not None:
+        note(f"{output} written")
+
+
 @app.command("compile")
 def compile_command(model: ModelOption,
                     output: Annotated[str, typer.Option("-o", "--output", help="Bundle to write.")],
@@ -285,6 +332,11 @@ def models(as_json: JsonOption = False) -> None:
         return
     for item in known:
         print(f"{item.name}  {item.description}  {'installed' if item.path else f'not installed: {item.install}'}")
+
+
+def _title(source: Model | Compiled) -> str:
+    from .model import Model
+    return source.config.name if isinstance(source, Model) else source.map.model
 
 
 def _prompt(text: str | None, ids: str | None) -> tuple[str | None, str | None]:
