@@ -9,6 +9,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from .blocks.axi import Axi4, AxiLite, AxiRead, axi_ports, connect_axi
+from .blocks.command import PC_BITS
 from .blocks.compute import ComputeUnit
 from .blocks.control import Control
 from .blocks.csr import Csr
@@ -21,7 +22,11 @@ from .isa import Unit
 from .registers import ADDRESS_BITS, DebugBuffer
 from .verilog import to_verilog
 
-__all__ = ["Overlay", "overlay_verilog"]
+__all__ = ["Happened", "Overlay", "overlay_verilog"]
+
+#: An instruction (``pc``) left control, or was ``dropped`` there; bit per unit that began or finished a command.
+Happened = wiring.Signature({
+    "dispatch": Out(1), "dropped": Out(1), "pc": Out(PC_BITS), "start": Out(4), "done": Out(4)})
 
 
 class Overlay(wiring.Component):
@@ -31,6 +36,7 @@ class Overlay(wiring.Component):
     -------
     s_axil : registers (`hw.registers`); irq : interrupt
     m_axi : P memory ports; mi_axi : instruction fetch, reads the memory of port 0
+    events : what happened in the cycle before, for simulators and on-chip analysers
     """
 
     def __init__(self, *, config):
@@ -38,6 +44,7 @@ class Overlay(wiring.Component):
         super().__init__({
             "s_axil": In(AxiLite(ADDRESS_BITS)), "irq": Out(1),
             "m_axi": Out(Axi4(config.port_bits)).array(config.ports), "mi_axi": Out(AxiRead(256)),
+            "events": Out(Happened),
         })
 
     def elaborate(self, platform):
@@ -65,6 +72,13 @@ class Overlay(wiring.Component):
                      control.progress.eq(Cat(load.beats_read, store.beats_written, compute.active).any()),
                      control.decided_attention.eq(vector.decided_attention), control.decided_mlp.eq(vector.decided_mlp),
                      self.irq.eq(csr.irq)]
+
+        m.d.comb += self.events.pc.eq(csr.control.pc)
+        m.d.sync += [
+            self.events.dispatch.eq(csr.control.dispatched), self.events.dropped.eq(control.dropped),
+            self.events.done.eq(control.done),
+            self.events.start.eq(Cat(command.valid & command.ready for command in control.commands)),
+        ]
 
         # Memory.
         for p in range(config.ports):
@@ -147,4 +161,5 @@ def overlay_verilog(config, *, flatten=True):
     ports |= axi_ports("s_axil", overlay.s_axil) | axi_ports("mi_axi", overlay.mi_axi)
     for p in range(config.ports):
         ports |= axi_ports(f"m{p}_axi", overlay.m_axi[p])
+    ports |= {f"event_{name}": (getattr(overlay.events, name), None) for name in Happened.members}
     return to_verilog(top, name="skipopu_top", ports=ports, flatten=flatten)
