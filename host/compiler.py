@@ -43,12 +43,14 @@ _R = Resource
 
 
 def compile_model(model: Model, config: OverlayConfig, context: int | None = None, routers: Routers | None = None,
-                  check: bool = True) -> Compiled:
+                  check: bool = True, fused: bool = True) -> Compiled:
     """Compile ``model`` for ``config``, with room for ``context`` positions (by default at most 2048).
 
     routers : linear ones for this model, with which every token decides what it skips; `lora.merged` before, if they
         have LoRA factors
     check : walk the finished program and verify it (see `passes.check`)
+    fused : False gives every reduction (sum of squares, router scores, softmax maximum and sum) and every
+        normalisation a pass of its own, with the same results: what the fusion saves, for measurements
     Raises CapacityError if the model does not fit the configuration, CompileError for an impossible context,
     RouterError for routers of another model or beyond what the overlay computes.
     """
@@ -59,7 +61,7 @@ def compile_model(model: Model, config: OverlayConfig, context: int | None = Non
             raise RouterError("routers with LoRA factors need a model that holds them; merge them first")
     plan = make_plan(config, model.config, context, routers.kv if routers else "")
     image = ImageBuilder(plan, model, routers)
-    program = _Emitter(plan, model, image, routers).run()
+    program = _Emitter(plan, model, image, routers, fused).run()
     image.memory.add("program", ceil_div(len(program.words) * WORD_BYTES * 8, config.port_bits))
     if check:
         check_program(program, plan, image.memory.regions)
@@ -78,7 +80,8 @@ class _Emitter:
     attending, feeding : the rows that execute the attention and the MLP of a layer; without routers all
     """
 
-    def __init__(self, plan: Plan, model: Model, image: ImageBuilder, routers: Routers | None) -> None:
+    def __init__(self, plan: Plan, model: Model, image: ImageBuilder, routers: Routers | None, fused: bool) -> None:
+        self.fused = fused
         self.plan, self.model, self.image, self.config = plan, model, image, plan.config
         self.biases = None if routers is None else router_biases(routers).tolist()
         self.attending, self.feeding = (RowList.ATTENTION, RowList.MLP) if routers else (RowList.ALL, RowList.ALL)
@@ -163,15 +166,19 @@ class _Emitter:
 
     def _norm(self, gain: Resource, table: str, **scored: int) -> None:
         """Gain and alignment of the residual stream as it is."""
-        self.build.emit("vnorm", reads=_R.X | gain, writes=_R.MX,
-                        imm=vector_imm(self.on_chip["x"], self._beat("mx")), **self._rows(self.plan.hidden),
-                        table=self.on_chip[table], **scored)
+        for fields in ([scored] if self.fused else [{}, scored, {}] if scored else [{}, {}]):
+            self.build.emit("vnorm", reads=_R.X | gain, writes=_R.MX,
+                            imm=vector_imm(self.on_chip["x"], self._beat("mx")), **self._rows(self.plan.hidden),
+                            table=self.on_chip[table], **fields)
 
     def _add(self, gain: Resource, table: str, others: RowList, **scored: int) -> None:
         """Residual add of a matmul's result, with the next norm's gain; with routers, the norm for ``others`` too."""
+        fused = scored if self.fused else {}
         self.build.emit("vadd", reads=_R.X | gain, writes=_R.X | _R.MX,
                         imm=vector_imm(self.on_chip["x"], self._beat("mx")), **self._rows(self.plan.hidden),
-                        table=self.on_chip[table], **scored)
+                        table=self.on_chip[table], **fused)
+        if not self.fused:
+            self._norm(gain, table, **scored)
         if self.biases:
             self.build.rows = others
             self._norm(gain, table, **scored)
@@ -290,6 +297,8 @@ class _Emitter:
              n_tiles=config.tile_tokens // config.columns, k_tiles=head_rows, row_stride=plan.rows(plan.q_width),
              group_stride=head_rows, head_stride=plan.groups * head_rows, beats=tile)
         emit("vscore", writes=_R.SCORES, imm=vector_imm(on_chip["scores"], 0), x_reg=_LIMIT, **score)
+        for _ in range(0 if self.fused else 2):  # the maximum, the sum
+            emit("vscale", reads=_R.SCORES, writes=_R.MP, imm=vector_imm(on_chip["scores"], self._beat("mp")), **score)
         emit("vprob", reads=_R.SCORES, writes=_R.MP, imm=vector_imm(on_chip["scores"], self._beat("mp")), **score)
         emit("matmul", reads=_R.MP, x=on_chip["mp"], mode=MatmulMode.PV, **heads,
              n_tiles=ceil_div(plan.head_dim, config.columns), k_tiles=lanes, row_stride=lanes,
