@@ -165,6 +165,7 @@ def _step(state: _State, mnemonic: str, unit: Unit, f: dict[str, int]) -> None:
     elif mnemonic == "halt":
         state.require(not (state.weights or state.tiles or state.results or state.logits is not None),
                       "the program ends with a stream that nobody takes")
+        state.require(not state.written["kvout"].any(), "the program ends with keys and values that nobody stores")
     for name, stated, found in (("reads", f["reads"], state.reads), ("writes", f["writes"], state.writes)):
         if stated != found:
             raise CheckError(f"{name} must be {found!r}, not {Resource(stated)!r}")
@@ -279,6 +280,8 @@ def _store(state: _State, mnemonic: str, f: dict[str, int], rows: tuple[int, ...
         state.memory(f["imm"], f["rows"] * f["count"], ("logits",), write=True)
         return
     record = f["record"] * config.beat_elements // config.vector_lanes
-    state.touch("kvout", _offsets((rows, record), (record, 1)), write=False)
+    records = _offsets((rows, record), (record, 1))
+    state.touch("kvout", records, write=False)
+    state.written["kvout"][records] = False  # stored once
     first, last = (position // config.ports for position in (f["x"] + rows[0], f["x"] + rows[-1]))
     state.memory(f["imm"] + first * f["record"], (last - first + 1) * f["record"], ("kv",), write=True)

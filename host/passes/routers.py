@@ -15,7 +15,7 @@ __all__ = ["router_biases", "router_rows"]
 
 _BIAS_LIMIT = 1 << 7
 _BIAS_FRACTION = 24
-_LARGEST = np.finfo(np.float16).max
+_LARGEST = float(np.finfo(np.float16).max)
 _SMALLEST_NORMAL = np.finfo(np.float16).tiny
 
 

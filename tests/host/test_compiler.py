@@ -7,18 +7,22 @@ import pytest
 from float_machine import FloatDevice
 from skipopu.golden.random_model import random_model
 from skipopu.golden.reference import ReferenceModel
+from skipopu.golden.routed import RandomRoutes, RoutedReference
 from skipopu.host.compiler import compile_model
-from skipopu.host.errors import CapacityError, CompileError
+from skipopu.host.errors import CapacityError, CompileError, RouterError
 from skipopu.host.model import QuantTensor
 from skipopu.host.passes.check import CheckError, check_program, corner_arguments
+from skipopu.host.passes.routers import router_biases, router_rows
 from skipopu.host.passes.walk import Arguments, walk
 from skipopu.host.passes.weights import Padding, lower_linear, same_kind
 from skipopu.host.plan import make_plan
 from skipopu.host.program import Program
 from skipopu.host.quantise import quantise
+from skipopu.host.routers import Routers
+from skipopu.host.routes import always_executing
 from skipopu.host.runtime import Accelerator
 from skipopu.hw.config import PRESETS, preset
-from skipopu.hw.isa import OPCODES, MatmulMode, assemble, decode, encode
+from skipopu.hw.isa import OPCODES, MatmulMode, RowList, assemble, decode, encode
 
 # root mean square of the error, in units of that of the logits
 # FP16 records of keys and values (up to 2^-12) are all the rounding of the float machine
@@ -90,6 +94,74 @@ def test_same_model_gives_the_same_program_and_image():
     first, second = (compile_model(random_model(3), preset("sim")) for _ in range(2))
     assert first.program.words == second.program.words
     np.testing.assert_array_equal(first.image, second.image)
+
+
+# routers
+
+@pytest.mark.parametrize("config", PRESETS.values(), ids=list(PRESETS))
+@pytest.mark.parametrize("kv", ["dense", "reuse"])
+def test_routed_logits_agree_with_the_routed_reference(config, kv):
+    model = random_model(2, kinds=Q8, layers=4, hidden=96, heads=6, kv_heads=2)
+    routers = always_executing(model, kv)
+    tokens = np.random.default_rng(0).integers(0, 96, config.tile_tokens // 2 + 21).tolist()
+    force = RandomRoutes(0.4, 1)
+    compiled = compile_model(model, config, routers=routers)
+    accelerator = Accelerator(FloatDevice(config, compiled.map.memory * config.port_bits // 8), compiled, force=force)
+    got = np.concatenate(list(accelerator.evaluate(tokens)))
+    reference = RoutedReference(model, routers, force=force)
+    want = reference.forward(tokens).numpy()
+    np.testing.assert_array_equal(accelerator.decisions, reference.decisions)
+    error = np.sqrt(np.square(got - want).mean(axis=1) / np.square(want).mean())
+    assert error.max() < FP16_BOUND, f"row {error.argmax()} of {len(error)}"
+
+
+def test_router_tables_hold_both_modules_in_fp16():
+    routers = make_routers(random_model(3))
+    routers.difference[0, :, :4] = [[1, -2, 0.1, 2.0**-15], [0.5, 65504, -(2.0**-14), 1e-8]]
+    rows = router_rows(routers, 96)
+    assert rows.shape == (2, 96) and rows.dtype == np.uint32 and not rows[:, 64:].any()
+    halves = rows.view(np.float16).reshape(2, 96, 2)
+    np.testing.assert_array_equal(halves[0, :4, 0], np.float16([1, -2, 0.1, 0]))  # subnormal numbers become 0
+    np.testing.assert_array_equal(halves[0, :4, 1], np.float16([0.5, 65504, -(2.0**-14), 0]))
+    routers.bias[:] = [[1, -0.5], [127.99999, 2.0**-25]]
+    assert router_biases(routers).tolist() == [[1 << 24, -(1 << 23)], [2147483520, 0]]
+
+
+def make_routers(model, kv="dense", **changed):
+    rng, shape = np.random.default_rng(0), (model.config.layers, 2, model.config.hidden)
+    parts = {"difference": rng.standard_normal(shape).astype(np.float32), "bias": np.zeros(shape[:2], np.float32)}
+    return Routers(kv=kv, base=model.identity, **parts | changed)
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"bias": np.full((2, 2), -128, np.float32)}, "bias of layer 0 attention must be below 128 in magnitude, not -128"),
+    ({"difference": np.full((2, 2, 64), 7e4, np.float32)}, "must be within the FP16 numbers, up to 65504, not 70000"),
+    ({"difference": np.ones((2, 2, 8), np.float32), "hidden_weight": np.ones((2, 2, 8, 64), np.float32),
+      "hidden_bias": np.ones((2, 2, 8), np.float32)}, "two-layer routers .* run in the reference only"),
+    ({"difference": np.ones((2, 2, 32), np.float32)}, "with width 32, but random-3 has 64"),
+    ({"lora": {"o": np.zeros((2, 64, 2), np.float16)}}, "merge them first"),
+])
+def test_routers_that_the_overlay_cannot_run(changed, message):
+    model = random_model(3)
+    with pytest.raises(RouterError, match=message):
+        compile_model(model, preset("tiny"), routers=make_routers(model, **changed))
+
+
+@pytest.mark.parametrize(("geometry", "kv", "context", "limit"), [
+    ({"hidden": 1024, "layers": 1, "vocab": 8}, "dense", 16, "router_rows .* must be at least 512 but is 256"),
+    ({"layers": 65, "hidden": 32, "mlp": 32, "head_dim": 8}, "dense", 16, "layers of a routed model must be .* 65"),
+    ({"context": 512}, "reuse", 512, "history_tokens .* must be at least 512 but is 256; use .* sim or u280"),
+])
+def test_capacity_of_routed_programs(geometry, kv, context, limit):
+    model = random_model(1, kinds=Q8, **geometry)
+    with pytest.raises(CapacityError, match=limit):
+        compile_model(model, preset("tiny"), context, make_routers(model, kv))
+
+
+def test_reuse_provides_by_default_for_what_the_history_holds():
+    model = random_model(1, kinds=Q8, context=512)
+    plans = {kv: make_plan(preset("tiny"), model.config, kv=kv).context for kv in ("", "dense", "reuse")}
+    assert plans == {"": 512, "dense": 512, "reuse": 256}
 
 
 # what fits
@@ -238,6 +310,62 @@ def test_checker_finds_a_load_that_weights_block(small):
     assert gain < product < find(program, "vadd")  # the gain of the add behind the matmul
     with pytest.raises(CheckError, match="behind the weights of the matmul whose results it takes"):
         check_program(moved(program, gain, product), plan, compiled.map.regions)
+
+
+@pytest.fixture(scope="module", params=["dense", "reuse"])
+def routed(request):
+    model, config = random_model(3, kinds=("q4_1",)), preset("tiny")
+    return (compile_model(model, config, routers=make_routers(model, request.param)),
+            make_plan(config, model.config, kv=request.param))
+
+
+def last(program, mnemonic):
+    return max(pc for pc, word in enumerate(program.words) if decode(word)[0].mnemonic == mnemonic)
+
+
+ROUTED_MUTATIONS = [  # instruction, its number or -1 for the last, changed fields, message
+    ("storekv", 1, {"list": RowList.MLP}, "kvout is read before|nobody stores"),
+    ("matmul", 2, {"list": RowList.MLP}, "delivers|consumes|nobody takes"),
+    ("vnorm", 0, {"route": 0}, r"rows \[0.*\] are not scored"),
+    ("vnorm", 2, {"list": RowList.MLP_ONLY}, "are not scored"),
+    ("vnorm", 2, {"x": 200}, "routers is read before|one region"),
+    ("vadd", 1, {"list": RowList.ALL}, "delivers"),
+    ("vadd", 0, {"list": RowList.MLP}, "delivers"),
+    ("loadw", -1, {"list": RowList.MLP}, "consumes"),
+    ("branch", -1, {"list": RowList.NO_MLP}, "consumes|VLOGITS|takes rows|rows must be"),
+    ("loada", 3, {"x": -1}, "one region"),
+    ("storel", 0, {"list": RowList.ATTENTION}, "nobody takes"),
+]
+
+
+@pytest.mark.parametrize(("mnemonic", "number", "fields", "message"), ROUTED_MUTATIONS, ids=lambda value: str(value))
+def test_checker_walks_the_corners_of_routes(routed, mnemonic, number, fields, message):
+    compiled, plan = routed
+    pc = last(compiled.program, mnemonic) if number < 0 else find(compiled.program, mnemonic, number)
+    with pytest.raises(CheckError, match=message):
+        check_program(changed(compiled.program, pc, **fields), plan, compiled.map.regions)
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"count": 1}, "consumes"), ({"list": RowList.ALL}, "consumes"), ({"list": RowList.ATTENTION}, "consumes")])
+def test_checker_finds_early_weights_that_stay(routed, fields, message):
+    compiled, plan = routed
+    if plan.kv == "dense":
+        assert not any(decode(word)[0].mnemonic == "dropw" for word in compiled.program.words)
+        return
+    with pytest.raises(CheckError, match=message):
+        check_program(changed(compiled.program, find(compiled.program, "dropw"), **fields), plan, compiled.map.regions)
+
+
+def test_checker_finds_a_route_that_needs_a_load_behind_early_weights(routed):
+    """The weights of layer 1's keys before the router rows that decide whether anybody takes them."""
+    compiled, plan = routed
+    program = compiled.program
+    keys = next(pc for pc, note in enumerate(program.notes) if note.tensor == "layers.1.k")
+    rows = next(pc for pc, note in enumerate(program.notes) if note.tensor == "layers.1.routers")
+    assert rows < keys and decode(program.words[keys])[0].mnemonic == "loadw"
+    with pytest.raises(CheckError, match="behind|consumes"):
+        check_program(moved(program, keys, rows), plan, compiled.map.regions)
 
 
 def test_checker_finds_a_stream_that_nobody_takes(small):
