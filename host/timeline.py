@@ -13,7 +13,7 @@ from skipopu.hw.isa import Unit, decode
 
 from .program import Program
 
-__all__ = ["Block", "Span", "blocks", "spans"]
+__all__ = ["Block", "Span", "blocks", "covered", "exposed", "spans"]
 
 _UNITS = tuple(unit for unit in Unit if unit != Unit.CONTROL)
 
@@ -89,3 +89,31 @@ def blocks(program: Program, run: Sequence[Span]) -> list[Block]:
         cut.append(Block(*key, begin, end))
         begin = end
     return cut
+
+
+def covered(intervals: Sequence[tuple[int, int]], first: int, last: int) -> np.ndarray:
+    """bool [last - first], true in the cycles inside any of the intervals (begin, end), end excluded."""
+    steps = np.zeros(last - first + 1, np.int64)
+    for begin, end in intervals:
+        begin, end = max(begin, first), min(end, last)
+        if begin < end:
+            steps[begin - first] += 1
+            steps[end - first] -= 1
+    return np.cumsum(steps[:-1]) > 0
+
+
+def exposed(program: Program, run: Sequence[Span], events: np.ndarray) -> dict[str, int]:
+    """Cycles in which memory moved nothing and the compute unit had no command, by what the vector unit then did.
+
+    Returns mnemonic -> cycles, with "" where it did nothing either.
+    """
+    first, last = int(events["cycle"][0]), int(events["cycle"][-1])
+    still = np.repeat(events["memory"][:-1] == 0, np.diff(events["cycle"].astype(np.int64)))
+    alone = still & ~covered([(span.start, span.done) for span in run if span.unit == Unit.COMPUTE], first, last)
+    found = {}
+    for mnemonic in sorted({decode(program.words[span.pc])[0].mnemonic for span in run if span.unit == Unit.VECTOR}):
+        own = covered([(span.start, span.done) for span in run if span.unit == Unit.VECTOR
+                       and decode(program.words[span.pc])[0].mnemonic == mnemonic], first, last)
+        found[mnemonic] = int((alone & own).sum())
+        alone &= ~own
+    return found | {"": int(alone.sum())}

@@ -26,12 +26,13 @@ namespace skipopu {
 
 enum Stop { kLimit = 0, kIrq = 1, kError = 2 };
 
-// What happened in one cycle: an instruction left control (or was dropped there), units began or finished a command.
+// What happened in one cycle: an instruction left control (or was dropped there), units began or finished a command,
+// data began or ceased to move on port 0 (which the others follow).
 // Mirrored field by field in native.py.
 struct Event {
     uint64_t cycle;
     uint32_t pc;
-    uint8_t dispatch, dropped, start, done;  // start and done: bit per unit
+    uint8_t dispatch, dropped, start, done, memory;  // start and done: bit per unit; memory: data moved
 };
 using DataPort = Port<PORT_BITS / 8, true>;
 using FetchPort = Port<32, false>;
@@ -139,7 +140,7 @@ public:
     // Events from now on are kept until they are taken; those kept so far are dropped.
     bool record(bool on) {
         events_.clear();
-        recording_ = on;
+        recording_ = on, beats_ = ports_[0]->beats(), moved_ = false;
 #ifdef EVENTS
         return true;
 #else
@@ -178,9 +179,13 @@ private:
         dump(1);
 #endif
 #ifdef EVENTS
-        if (recording_ && (top_->event_dispatch | top_->event_start | top_->event_done))
-            events_.push_back({watch_.cycle, top_->event_pc, top_->event_dispatch, top_->event_dropped,
-                               top_->event_start, top_->event_done});
+        if (recording_) {
+            const bool moved = ports_[0]->beats() != beats_, changed = moved != moved_;
+            beats_ = ports_[0]->beats(), moved_ = moved;
+            if (top_->event_dispatch | top_->event_start | top_->event_done | changed)
+                events_.push_back({watch_.cycle, top_->event_pc, top_->event_dispatch, top_->event_dropped,
+                                   top_->event_start, top_->event_done, moved});
+        }
 #endif
         ++watch_.cycle;
     }
@@ -202,7 +207,8 @@ private:
     uint64_t trace_first_ = 0, trace_last_ = 0;
 #endif
     std::vector<Event> events_;
-    bool recording_ = false;
+    bool recording_ = false, moved_ = false;
+    uint64_t beats_ = 0;
     VerilatedContext context_;
     std::unique_ptr<Vtop> top_;
     Watch watch_;

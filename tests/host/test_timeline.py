@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from skipopu.host.program import Builder
-from skipopu.host.timeline import Block, blocks, spans
+from skipopu.host.timeline import Block, blocks, covered, exposed, spans
 from skipopu.hw.isa import Unit
 from skipopu.sim.native import EVENT
 
@@ -66,3 +66,23 @@ def test_an_unfinished_run_is_refused(program):
 
 def test_an_empty_run_has_no_blocks(program):
     assert blocks(program, spans(program, events())) == []
+
+
+def test_exposed_cycles_are_those_without_memory_and_compute():
+    build = Builder()
+    build.emit("vnorm", heads=1, groups=1, rows=1, beats=1)
+    build.emit("matmul", heads=1, groups=1, rows=1, n_tiles=1, k_tiles=1, beats=1)
+    build.emit("halt")
+    vector, compute = 1 << Unit.VECTOR, 1 << Unit.COMPUTE
+    rows = [(0, {"dispatch": 1, "pc": 0}), (1, {"dispatch": 1, "pc": 1, "memory": 1}), (2, {"start": vector}),
+            (6, {"start": compute}), (10, {"done": compute}), (12, {"done": vector}),
+            (20, {"dispatch": 1, "pc": 2})]
+    found = events(*rows)
+    # memory moves in cycle 1; vector alone in 2..5 and 10..11; nobody in 0 and 12..19
+    assert exposed(build.program(), spans(build.program(), found), found) == {"vnorm": 6, "": 9}
+
+
+@pytest.mark.parametrize("intervals, expected", [([], [0, 0, 0, 0]), ([(11, 13), (12, 13)], [0, 1, 1, 0]),
+                                                 ([(0, 11), (13, 99)], [1, 0, 0, 1]), ([(12, 12)], [0, 0, 0, 0])])
+def test_covered_cycles(intervals, expected):
+    assert covered(intervals, 10, 14).tolist() == [bool(value) for value in expected]
