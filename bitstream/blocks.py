@@ -5,12 +5,12 @@ columns that it serves.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from amaranth.lib.wiring import Component
 from skipopu.hw.blocks.align import BlockAlign
-from skipopu.hw.blocks.array import Column
+from skipopu.hw.blocks.array import ColumnPair
 from skipopu.hw.blocks.compute import ComputeUnit
 from skipopu.hw.blocks.control import Control
 from skipopu.hw.blocks.fp import FromInt
@@ -47,6 +47,11 @@ class Block:
     products: Callable[[OverlayConfig], int] | None = None  #: multiplications per cycle, where that is its purpose
 
 
+def _for(config, target):
+    """The configuration with the multipliers of a target."""
+    return replace(config, dsp={"xcup": "dsp48e2", "ecp5": "mult18x18d"}[target])
+
+
 def _slices(target):
     """How the packed lanes are described for a target."""
     return "dsp48e2" if target == "xcup" else "generic"
@@ -64,13 +69,13 @@ def _alignment(config, share):
 
 
 def _unit(config, target):
-    return [Part(2, "column", lambda: Column(config=config)),
+    return [Part(1, "two columns", lambda: ColumnPair(config=_for(config, target))),
             Part(2, "reconstruction", lambda: FromInt(ACC_BITS)),
             *_alignment(config, config.columns // 2)]
 
 
 def _array(config, target):
-    return [Part(config.columns, "column", lambda: Column(config=config))]
+    return [Part(config.columns // 2, "two columns", lambda: ColumnPair(config=_for(config, target)))]
 
 
 def _whole(component):

@@ -172,7 +172,7 @@ def synthesise(component, on, *, name="the design", log=None):
     """
     say = log or (lambda stage: None)
     say(f"{name}: elaborating")
-    text = share_modules(to_rtlil(component, name=_TOP))
+    text = share_modules(to_rtlil(component, name=_TOP, primitives=True))
     key = hashlib.sha256("\0".join([text, version("pyosys"), *on.commands()]).encode()).hexdigest()
 
     def make():

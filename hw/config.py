@@ -8,7 +8,9 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-__all__ = ["ConfigError", "OverlayConfig", "PRESETS", "preset"]
+__all__ = ["ConfigError", "DSPS", "OverlayConfig", "PRESETS", "preset"]
+
+DSPS = ("generic", "dsp48e2", "mult18x18d")  #: multipliers: any, AMD UltraScale(+), Lattice ECP5
 
 
 class ConfigError(ValueError):
@@ -42,9 +44,10 @@ class OverlayConfig:
     outstanding: int  #: read bursts in flight per port
     queue_depth: int = 8  #: instructions waiting per unit
     cache_words: int = 256  #: instruction cache, 256-bit words
+    dsp: str = "generic"  #: multipliers that the PE array is made of, one of DSPS; changes no result and no timing
 
     def __post_init__(self):
-        plain = {"name", "state_rows"}
+        plain = {"name", "state_rows", "dsp"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in plain:
@@ -52,6 +55,7 @@ class OverlayConfig:
             if not isinstance(value, int) or value < 1 or value & (value - 1):
                 raise ConfigError(f"{field.name} must be a power of two, not {value!r}")
         relations = [
+            (self.dsp in DSPS, f"dsp must be one of {', '.join(DSPS)}, not {self.dsp!r}"),
             (self.port_bits in (32, 64, 128, 256, 512), f"port_bits must be 32..512, not {self.port_bits}"),
             (self.columns >= 2 * self.lanes, "columns must be at least 2 x lanes (gate and up share a column tile)"),
             (self.beat_elements <= self.lanes, "a port beat (port_bits / 16 elements) must not exceed lanes"),
@@ -107,7 +111,8 @@ class OverlayConfig:
     @property
     def config_hash(self):
         """First 32 bits of the SHA-256 of all sizes; readable from the hardware."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        sizes = {name: value for name, value in dataclasses.asdict(self).items() if name != "dsp"}
+        text = json.dumps(sizes, sort_keys=True)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
     def scale_chunk(self, minimum):
@@ -140,6 +145,7 @@ PRESETS = {
             name="u280", lanes=64, columns=128, ports=32, port_bits=512, vector_lanes=32, tokens=32, acc_rows=128,
             abuf_rows=16384, mbuf_rows=16384, kvbuf_heads=64, router_rows=1024, history_tokens=8192,
             kvout_rows=16384, state_rows=1024, fifo_beats=128, burst_beats=16, outstanding=32, cache_words=512,
+            dsp="dsp48e2",
         ),
     ]
 }

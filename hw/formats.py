@@ -1,8 +1,8 @@
 """Number formats of the overlay: widths and binary points, named once. `docs/numerics.md` defines the arithmetic."""
 
 __all__ = [
-    "ACC_BITS", "ALPHA_DROP", "CODE_BITS", "KV_BITS", "KV_FRACTION", "LOWEST", "MANTISSA_BITS", "MAXIMUM_INIT", "PROB_FRACTION",
-    "STATE_BITS", "SUM_BITS", "SUM_FRACTION", "fp32_bits",
+    "ACC_BITS", "ALPHA_DROP", "CODE_BITS", "KV_BITS", "KV_FRACTION", "LOWEST", "MANTISSA_BITS", "MAXIMUM_INIT",
+    "PROB_FRACTION", "STATE_BITS", "SUM_BITS", "SUM_FRACTION", "fp32_bits",
 ]
 
 import struct

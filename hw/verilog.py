@@ -12,6 +12,8 @@ from pathlib import Path
 
 from amaranth.back import rtlil
 
+from .emission import Emission
+
 __all__ = ["YosysError", "run_yosys", "to_rtlil", "to_verilog"]
 
 _PASSES = ("hierarchy -top {top}; proc; flatten; opt_expr; opt_clean; opt_dff -nosdff; wreduce; opt_clean; "
@@ -59,23 +61,30 @@ def run_yosys(commands, *, name="the design", log=None):
         raise YosysError(f"yosys failed on {name}: {reason.removeprefix('ERROR: ')}")
 
 
-def to_rtlil(component, *, name, ports=None):
-    """RTLIL text of ``component`` with top module ``name``, the same on every run; ``ports`` as in `to_verilog`."""
-    return _EMPTY_MEMORY.sub("", rtlil.convert(component, name=name, ports=ports, emit_src=False))
+def to_rtlil(component, *, name, ports=None, primitives=False):
+    """RTLIL text of ``component`` with top module ``name``, the same on every run; parameters as in `to_verilog`."""
+    emission = Emission(primitives=primitives)
+    texts, written = [rtlil.convert(component, name=name, ports=ports, emit_src=False, platform=emission)], set()
+    while missing := emission.modules.keys() - written:
+        module = min(missing)
+        texts.append(rtlil.convert(emission.modules[module], name=module, emit_src=False, platform=emission))
+        written.add(module)
+    return _EMPTY_MEMORY.sub("", "\n".join(texts))
 
 
-def to_verilog(component, *, name, ports=None, flatten=True):
+def to_verilog(component, *, name, ports=None, flatten=True, primitives=False):
     """Verilog text of ``component`` with top module ``name``.
 
     ports : dict of port name to (value, direction) for renamed ports, or None for the component's own signature
     flatten : one module (fast simulation) instead of the hierarchy (readable)
+    primitives : a device's own slices, for synthesis, instead of their behaviour
     The text is the same on every run. Raises YosysError when a pass fails.
     """
     passes = _PASSES.format(top=name)
     if not flatten:
-        passes = passes.replace("flatten; ", "")
+        passes = passes.replace("flatten; ", "") + "; opt_clean -purge"
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "top.il"), Path(folder, "top.v")
-        source.write_text(to_rtlil(component, name=name, ports=ports))
+        source.write_text(to_rtlil(component, name=name, ports=ports, primitives=primitives))
         run_yosys([f"read_rtlil {source}", *passes.split("; "), f"write_verilog -noattr -norename {target}"], name=name)
         return _collapse(target.read_text())

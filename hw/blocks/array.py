@@ -1,29 +1,41 @@
 """The PE array: exact integer dot products of one MBUF row with every column of a tile, scaled and accumulated.
 
-Stages (`docs/numerics.md`, Weights):
-1. dot: D[column, block] = sum of mantissa * code, exact.
-2. scale: (D or D + 8S) * sig, shift amount = (emax - e) + (scale_exponent - es).
+Stages (`docs/numerics.md`, Weights; `docs/pe-array.md`):
+1. dot: D[column, block] = sum of mantissa * code, exact (`dot.py`).
+2. scale: D * sig, shift amount = (emax - e) + (scale_exponent - es).
 3. shift right (floor), add the minimum term and the blocks.
 4. accumulate: add to the accumulator row, write it back.
 
-The accumulators have two banks: the next column tile accumulates in one while the other drains.
+The accumulators have two banks: the next column tile accumulates in one while the other drains. How many cycles the
+stages take depends on the multipliers; rows, tiles and scales enter, and results are ready, at the same time with all.
 """
 
-from amaranth import Module, Mux, Signal, signed, unsigned
+from types import SimpleNamespace
+
+from amaranth import Cat, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from ..formats import ACC_BITS, CODE_BITS, KV_BITS, MANTISSA_BITS
+from ..emission import place
+from ..formats import ACC_BITS, CODE_BITS, KV_BITS, KV_FRACTION
+from .dot import BIAS_BITS, DotPair, dot_latency, skew, word_bits
+from .dsp import W_C, XY_M, Z_ZERO, Dsp48e2
 from .mbuf import AlignedRow, sum_shape
+from .trees import tree_sum
 
-__all__ = ["Column", "PeArray", "RowControl", "Scale", "tile_beats"]
+__all__ = ["ColumnPair", "PeArray", "RowControl", "Scale", "tile_beats"]
 
+_SIGNIFICAND_BITS = 13
+_SCALED_BITS = 38
 
 
 def Scale():
-    """A column's scale of one block as it enters the array: signed significand, scale_exponent - es (0..63)."""
-    return data.StructLayout({"significand": signed(12), "shift": unsigned(6)})
+    """A column's scale or minimum of one block as it enters the array: signed significand, scale_exponent - es (0..63).
+
+    The significand of a scale is less 2^KV_FRACTION: keys and values have 0, and their dot products need no multiplier.
+    """
+    return data.StructLayout({"significand": signed(_SIGNIFICAND_BITS), "shift": unsigned(6)})
 
 
 def RowControl(config):
@@ -31,19 +43,10 @@ def RowControl(config):
     return data.StructLayout({
         "acc": range(2 * config.acc_rows),  # accumulator row, bank in the top bit
         "first": 1,  # first k: the old accumulator is not added
-        "offset": 1,  # codes are stored minus 8
+        "signed_codes": 1,  # codes are -8..7, not 0..15
         "minimum": 1,  # add minimum * S
         "last": 1,  # last row of a column tile: it may drain
     })
-
-
-_WORD = 32
-
-
-def _word_sum(values):
-    while len(values) > 1:
-        values = [(values[i] + values[i + 1])[:_WORD] for i in range(0, len(values), 2)]
-    return values[0]
 
 
 def tile_beats(config):
@@ -54,68 +57,163 @@ def tile_beats(config):
             (config.lanes // tokens_per_beat) * (config.columns // elements))
 
 
-def _tree(values):
-    while len(values) > 1:
-        values = [values[i] + values[i + 1] if i + 1 < len(values) else values[i] for i in range(0, len(values), 2)]
-    return values[0]
+def _times(config):
+    """When things happen, in cycles after a row enters."""
+    if config.dsp == "generic":
+        return SimpleNamespace(row=0, scaled=2, shifted=2, added=3)
+    return SimpleNamespace(row=1, scaled=11, shifted=12, added=13)
 
 
-class Column(wiring.Component):
-    """One column: dot products, scaling and accumulators."""
+def _delay(m, value, cycles, name):
+    for age in range(1, cycles + 1):
+        later = Signal.like(value, name=f"{name}_{age}", reset_less=True)
+        m.d.sync += later.eq(value)
+        value = later
+    return value
+
+
+class ColumnPair(wiring.Component):
+    """Two columns: tile registers, dot products, scaling and accumulators.
+
+    Members
+    -------
+    mantissa : per lane; code (less 8), key, value : what may go to each word (keys and values have one source if they
+        come in the same places); load : a word is written, load_code, load_value : with a code, with a value; all of
+        them at the row's time plus the lane's `skew`
+    bias : added to the dot products of a block, at the row's time
+    scale, minimum, exponent_gap : one cycle after the row
+    sum : of a block's mantissas, or 0 where no minimum is added, when the dot products are ready
+    acc_en, acc_row, acc_first : when the contribution is ready; drain_row, drain : the other bank, combinational
+    dot_en, scale_en, shift_en : only with "generic", which does nothing without a row
+    """
 
     def __init__(self, *, config):
         self.config = config
-        super().__init__({
-            "weight": In(_WORD).array(config.lanes), "mantissa": In(_WORD).array(config.lanes), "dot_en": In(1),
-            "scale": In(Scale()).array(config.blocks), "minimum": In(Scale()).array(config.blocks),
-            "sum": In(sum_shape(config)).array(config.blocks),
-            "exponent_gap": In(6).array(config.blocks), "scale_en": In(1),
-            "offset": In(1), "use_minimum": In(1),
-            "shift_en": In(1), "acc_en": In(1), "acc_row": In(range(2 * config.acc_rows)), "acc_first": In(1),
-            "drain_row": In(range(2 * config.acc_rows)), "drain": Out(signed(ACC_BITS)),
-        })
+        lanes, blocks, acc_row = config.lanes, config.blocks, range(2 * config.acc_rows)
+        generic = config.dsp == "generic"
+        word = signed(word_bits(config.dsp))
+        members = {
+            "mantissa": In(signed(32 if generic else 16)).array(lanes), "code": In(CODE_BITS).array(2, lanes),
+            **{name: In(word).array(2, lanes) for name in (("key",) if _shared_source(config) else ("key", "value"))},
+            "load": In(1).array(2, lanes), "load_code": In(1).array(2, lanes),
+            "bias": In(signed(BIAS_BITS)).array(blocks),
+            "scale": In(Scale()).array(2, blocks), "minimum": In(Scale()).array(2, blocks),
+            "exponent_gap": In(6).array(blocks), "sum": In(sum_shape(config)).array(blocks),
+            "acc_en": In(1), "acc_row": In(acc_row), "acc_first": In(1),
+            "drain_row": In(acc_row), "drain": Out(signed(ACC_BITS)).array(2),
+        }
+        if not _shared_source(config):
+            members["load_value"] = In(1).array(2, lanes)
+        if generic:
+            members |= {"dot_en": In(1), "scale_en": In(1), "shift_en": In(1)}
+        super().__init__(members)
 
     def elaborate(self, platform):
         m = Module()
         config = self.config
-        dot_bits = MANTISSA_BITS + KV_BITS - 1 + (config.block - 1).bit_length()  # no operand is its type's minimum
-        terms = []
+        words = self._tile(m)
+        terms = [[], []]
         for b in range(config.blocks):
-            lanes = range(b * config.block, (b + 1) * config.block)
-            assert dot_bits <= _WORD
-            dot = Signal(signed(_WORD), name=f"dot{b}", reset_less=True)
-            with m.If(self.dot_en):
-                m.d.sync += dot.eq(_word_sum([(self.mantissa[k] * self.weight[k])[:_WORD] for k in lanes]))
-
-            scaled = Signal(signed(40), name=f"scaled{b}", reset_less=True)
-            scaled_minimum = Signal(signed(33), name=f"scaled_minimum{b}", reset_less=True)
-            shift = Signal(6, name=f"shift{b}", reset_less=True)
-            shift_minimum = Signal(6, name=f"shift_minimum{b}", reset_less=True)
-            corrected = Signal(signed(dot_bits), name=f"corrected{b}")
-            m.d.comb += corrected.eq(dot + Mux(self.offset, self.sum[b] << 3, 0))
-            with m.If(self.scale_en):
-                gap = self.exponent_gap[b]
-                for amount, scale in ((shift, self.scale[b]), (shift_minimum, self.minimum[b])):
-                    total = Signal(7)
-                    m.d.comb += total.eq(gap + scale.shift)
-                    m.d.sync += amount.eq(Mux(total[6], 63, total))
-                m.d.sync += [
-                    scaled.eq(corrected * self.scale[b].significand),
-                    scaled_minimum.eq(Mux(self.use_minimum, self.sum[b] * self.minimum[b].significand, 0)),
-                ]
-            terms += [scaled >> shift, scaled_minimum >> shift_minimum]
-
-        contribution = Signal(signed(ACC_BITS), reset_less=True)
-        with m.If(self.shift_en):
-            m.d.sync += contribution.eq(_tree(terms))
-        m.submodules.acc = acc = Memory(shape=signed(ACC_BITS), depth=2 * config.acc_rows, init=[])
-        old, new, drain = acc.read_port(domain="comb"), acc.write_port(), acc.read_port(domain="comb")
-        m.d.comb += [
-            old.addr.eq(self.acc_row), new.addr.eq(self.acc_row), new.en.eq(self.acc_en),
-            new.data.eq(contribution + Mux(self.acc_first, 0, old.data)),
-            drain.addr.eq(self.drain_row), self.drain.eq(drain.data),
-        ]
+            first = b * config.block
+            m.submodules[f"dot{b}"] = dot = DotPair(lanes=config.block, dsp=config.dsp)
+            m.d.comb += dot.bias.eq(self.bias[b])
+            for k in range(config.block):
+                m.d.comb += [dot.mantissa[k].eq(self.mantissa[first + k]),
+                             *(dot.word[c][k].eq(words[c][first + k]) for c in range(2))]
+            if config.dsp == "generic":
+                m.d.comb += dot.en.eq(self.dot_en)
+            for c in range(2):
+                terms[c] += self._scaled(m, dot.dot[c], b, c)
+        for c in range(2):
+            contribution = Signal(signed(ACC_BITS), name=f"contribution{c}", reset_less=True)
+            if config.dsp == "generic":
+                with m.If(self.shift_en):
+                    m.d.sync += contribution.eq(tree_sum(value >> amount for value, amount in terms[c]))
+            else:
+                shifted = [_delay(m, value >> amount, 1, f"shifted{c}_{i}")
+                           for i, (value, amount) in enumerate(terms[c])]
+                m.d.sync += contribution.eq(tree_sum(shifted))
+            self._accumulate(m, c, contribution)
         return m
+
+    def _tile(self, m):
+        """The tile registers [column][lane]. A code leaves zeros in front of it, which costs a reset, not a gate."""
+        words = [[Signal(signed(word_bits(self.config.dsp)), name=f"word{c}_{k:02}", reset_less=True)
+                  for k in range(self.config.lanes)] for c in range(2)]
+        for c in range(2):
+            for k, word in enumerate(words[c]):
+                code, number = self.code[c][k] ^ (1 << CODE_BITS - 1), self.key[c][k]
+                if not _shared_source(self.config):
+                    number = Mux(self.load_value[c][k], self.value[c][k], number)
+                if self.config.dsp == "generic":
+                    with m.If(self.load[c][k]):
+                        m.d.sync += word.eq(Mux(self.load_code[c][k], code, number.as_unsigned()))
+                    continue
+                with m.If(self.load[c][k]):
+                    m.d.sync += word[:CODE_BITS].eq(Mux(self.load_code[c][k], code, number[:CODE_BITS]))
+                with m.If(self.load_code[c][k]):
+                    m.d.sync += word[CODE_BITS:].eq(0)
+                with m.Elif(self.load[c][k]):
+                    m.d.sync += word[CODE_BITS:].eq(number[CODE_BITS:])
+        return words
+
+    def _scaled(self, m, dot, b, c):
+        """(value, shift) of the weights and of the minimum, at the same time."""
+        config, times = self.config, _times(self.config)
+        scale, minimum, gap = self.scale[c][b], self.minimum[c][b], self.exponent_gap[b]
+        scaled = Signal(signed(_SCALED_BITS), name=f"scaled{b}_{c}", reset_less=True)
+        amounts = []
+        for name, part in (("shift", scale), ("shift_minimum", minimum)):
+            total = Signal(7, name=f"{name}_total{b}_{c}")
+            amount = Signal(6, name=f"{name}{b}_{c}", reset_less=True)
+            m.d.comb += total.eq(gap + part.shift)
+            amounts.append((amount, Mux(total[6], 63, total)))
+        if config.dsp == "generic":
+            lowest = Signal(signed(33), name=f"scaled_minimum{b}_{c}", reset_less=True)
+            with m.If(self.scale_en):
+                m.d.sync += [
+                    scaled.eq((dot << KV_FRACTION) + dot * scale.significand),
+                    lowest.eq(self.sum[b] * minimum.significand),
+                    *(amount.eq(total) for amount, total in amounts),
+                ]
+            return [(scaled, amounts[0][0]), (lowest, amounts[1][0])]
+        m.d.sync += [amount.eq(total) for amount, total in amounts]
+        wait = times.row + dot_latency(config.dsp)
+        significand, significand_minimum = (
+            _delay(m, part.significand, wait - 1, f"significand{number}_{b}_{c}")
+            for number, part in enumerate((scale, minimum)))
+        if config.dsp == "dsp48e2":
+            # The product takes 27 bits of the dot product: enough for codes, and keys and values have significand 0.
+            m.submodules[f"scale{b}_{c}"] = dsp = Dsp48e2(
+                opmode=XY_M | W_C | Z_ZERO, registers={"a": 0, "d": 0, "ad": 0, "b": 0})
+            m.d.comb += [dsp.a.eq(dot), dsp.b.eq(significand), dsp.c.eq(dot << KV_FRACTION), scaled.eq(dsp.p)]
+        else:
+            product = _delay(m, dot[:25].as_signed() * significand, 1, f"product{b}_{c}")
+            m.d.sync += scaled.eq(product + _delay(m, dot << KV_FRACTION, 1, f"dot{b}_{c}"))
+        lowest = _delay(m, self.sum[b] * significand_minimum, 2, f"minimum{b}_{c}")
+        return [(value, _delay(m, amount, times.scaled - 2, f"amount{number}_{b}_{c}"))
+                for number, (value, (amount, _)) in enumerate(zip((scaled, lowest), amounts))]
+
+    def _accumulate(self, m, c, contribution):
+        """Two memories of one port each way: while one accumulates, the other one drains."""
+        old = []
+        bank, address, drain_bank, drain_address = (
+            self.acc_row[-1], self.acc_row[:-1], self.drain_row[-1], self.drain_row[:-1])
+        total = Signal(signed(ACC_BITS), name=f"total{c}")
+        for number in range(2):
+            m.submodules[f"acc{c}_{number}"] = acc = Memory(shape=signed(ACC_BITS), depth=self.config.acc_rows, init=[])
+            read, write = acc.read_port(domain="comb"), acc.write_port()
+            mine = Signal(name=f"accumulates{c}_{number}")
+            m.d.comb += [mine.eq(self.acc_en & (bank == number)), read.addr.eq(Mux(mine, address, drain_address)),
+                         write.addr.eq(address), write.en.eq(mine), write.data.eq(total)]
+            old.append(read.data)
+        m.d.comb += [total.eq(contribution + Mux(self.acc_first, 0, Mux(bank, old[1], old[0]))),
+                     self.drain[c].eq(Mux(drain_bank, old[1], old[0]))]
+
+
+def _shared_source(config):
+    """Whether keys and values come in the same places, once each superbeat of values is transposed."""
+    return config.dsp != "generic" and config.ports == config.beat_elements
 
 
 class PeArray(wiring.Component):
@@ -131,7 +229,7 @@ class PeArray(wiring.Component):
     drain_row, drain : accumulators of one row (combinational)
     """
 
-    latency = 4
+    latency = 14
 
     def __init__(self, *, config):
         self.config = config
@@ -148,87 +246,94 @@ class PeArray(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        config = self.config
-        scale_en, shift_en, acc_en = Signal(), Signal(), Signal()
-        control_scale, control_shift, control_acc = (
-            Signal(RowControl(config), name=f"control_{stage}") for stage in ("scale", "shift", "acc"))
-        sums = [Signal.like(s, name=f"sum{b}", reset_less=True) for b, s in enumerate(self.row.sum)]
-        gaps = [Signal(6, name=f"gap{b}", reset_less=True) for b in range(config.blocks)]
-        m.d.sync += [scale_en.eq(self.row_en), shift_en.eq(scale_en), acc_en.eq(shift_en),
-                     self.tile_done.eq(acc_en & control_acc.last)]
-        with m.If(self.row_en):
-            m.d.sync += control_scale.eq(self.control)
-            for b in range(config.blocks):
-                gap = Signal(signed(10), name=f"gap_wide{b}")
-                m.d.comb += gap.eq(self.maximum - self.row.exponent[b])
-                m.d.sync += [sums[b].eq(self.row.sum[b]), gaps[b].eq(Mux(gap[6:].any(), 63, gap[:6]))]
-        with m.If(scale_en):
-            m.d.sync += control_shift.eq(control_scale)
-        with m.If(shift_en):
-            m.d.sync += control_acc.eq(control_shift)
+        config, times = self.config, _times(self.config)
+        generic = config.dsp == "generic"
+        pairs = [place(m, platform, f"pair{i}", lambda: ColumnPair(config=config), module="column_pair")
+                 for i in range(config.columns // 2)]
+        self._load(m, pairs)
 
-        mantissas = []
-        for k in range(config.lanes):
-            mantissa = Signal(_WORD, name=f"mantissa{k:02}")
-            wide = self.row.mantissa[k]
-            m.d.comb += mantissa.eq(wide)
-            mantissas.append(mantissa)
+        # The row and its control at each stage. Only the generic stages wait for a row: a simulator skips them.
+        enables = [self.row_en]
+        for age in range(1, self.latency):
+            enables.append(_delay(m, enables[-1], 1, f"row_en_{age}"))
 
-        weights = self._tile(m)
-        for n in range(config.columns):
-            m.submodules[f"column{n}"] = column = Column(config=config)
+        def at(value, cycles, name):
+            for age in range(cycles):
+                later = Signal.like(value, name=f"{name}_{age + 1}", reset_less=True)
+                with m.If(enables[age] if generic else 1):
+                    m.d.sync += later.eq(value)
+                value = later
+            return value
+
+        control = at(self.control, times.added, "control")
+        last = _delay(m, enables[times.added] & control.last, self.latency - times.added, "last")
+        m.d.comb += self.tile_done.eq(last)
+        mantissas = [at(value, times.row + skew(config.dsp, k), f"mantissa{k:02}")
+                     for k, value in enumerate(self.row.mantissa)]
+        blocks = []
+        for b in range(config.blocks):
+            gap, bias = Signal(signed(10), name=f"gap_wide{b}"), Signal(signed(BIAS_BITS), name=f"bias{b}")
+            total = Signal(sum_shape(config), name=f"sum{b}")
             m.d.comb += [
-                column.dot_en.eq(self.row_en), column.scale_en.eq(scale_en),
-                column.shift_en.eq(shift_en),
-                column.offset.eq(control_scale.offset), column.use_minimum.eq(control_scale.minimum),
-                column.acc_en.eq(acc_en), column.acc_row.eq(control_acc.acc), column.acc_first.eq(control_acc.first),
-                column.drain_row.eq(self.drain_row), self.drain[n].eq(column.drain),
+                gap.eq(self.maximum - self.row.exponent[b]),
+                bias.eq(Mux(self.control.signed_codes, -(self.row.sum[b] << CODE_BITS - 1), 0)),
+                total.eq(Mux(self.control.minimum, self.row.sum[b], 0)),
             ]
-            for k in range(config.lanes):
-                m.d.comb += [column.weight[k].eq(weights[n][k]), column.mantissa[k].eq(mantissas[k])]
-            for b in range(config.blocks):
-                m.d.comb += [
-                    column.scale[b].eq(self.scale[n][b]), column.minimum[b].eq(self.minimum[n][b]),
-                    column.sum[b].eq(sums[b]), column.exponent_gap[b].eq(gaps[b]),
-                ]
+            blocks.append((at(Mux(gap[6:].any(), 63, gap[:6]), 1, f"gap{b}"), at(bias, times.row, f"bias{b}"),
+                           at(total, times.row + dot_latency(config.dsp), f"sum{b}")))
+        for i, pair in enumerate(pairs):
+            m.d.comb += [
+                pair.acc_en.eq(enables[times.added]), pair.acc_row.eq(control.acc), pair.acc_first.eq(control.first),
+                pair.drain_row.eq(self.drain_row), *(port.eq(value) for port, value in zip(pair.mantissa, mantissas)),
+            ]
+            for b, (gap, bias, total) in enumerate(blocks):
+                m.d.comb += [pair.exponent_gap[b].eq(gap), pair.bias[b].eq(bias), pair.sum[b].eq(total)]
+            for c in range(2):
+                m.d.comb += self.drain[2 * i + c].eq(pair.drain[c])
+                for b in range(config.blocks):
+                    m.d.comb += [pair.scale[c][b].eq(self.scale[2 * i + c][b]),
+                                 pair.minimum[c][b].eq(self.minimum[2 * i + c][b])]
+            if generic:
+                m.d.comb += [pair.dot_en.eq(enables[0]), pair.scale_en.eq(enables[1]), pair.shift_en.eq(enables[2])]
         return m
 
-    def _tile(self, m):
-        """The tile registers [n][k], and the three ways to fill them.
-
-        Words of 32 bits: exact modulo 2^32 (see ``dot_bits``), and the machine word of a simulator. Every source goes
-        straight into the register, so that a simulator evaluates it only when it is loaded.
-        """
+    def _load(self, m, pairs):
+        """Superbeats to the places of the tile that they fill, each lane with its `skew`."""
         config = self.config
         lanes, columns, ports, elements = config.lanes, config.columns, config.ports, config.beat_elements
-        weights = [[Signal(_WORD, name=f"weight{n}_{k:02}", reset_less=True) for k in range(lanes)]
-                   for n in range(columns)]
-
-        def fill(load, place):
-            """place(n, k) -> (superbeat, source)"""
-            parts = {}
-            for n in range(columns):
-                for k in range(lanes):
-                    beat, source = place(n, k)
-                    parts.setdefault(beat, []).append(weights[n][k].eq(source))
-            for beat, statements in parts.items():
-                with m.If(load[beat]):
-                    m.d.sync += statements
-
         per_beat = columns // config.tile_beats
-
-        def code(n, k):
-            return n // per_beat, self.codes.word_select((n % per_beat) * lanes + k, CODE_BITS).as_signed()
-
-        def key(n, k):
-            beat = (n // ports) * (lanes // elements) + k // elements
-            return beat, self.mantissas.word_select((n % ports) * elements + k % elements, KV_BITS).as_signed()
-
-        def value(n, k):
-            beat = (k // ports) * (columns // elements) + n // elements
-            return beat, self.mantissas.word_select((k % ports) * elements + n % elements, KV_BITS).as_signed()
-
-        fill(self.load_codes, code)
-        fill(self.load_keys, key)
-        fill(self.load_values, value)
-        return weights
+        shared = _shared_source(config)
+        # In lines that other tools can read: the codes of a column, the numbers of a port.
+        codes = [self.codes.word_select(i, lanes * CODE_BITS) for i in range(per_beat)]
+        numbers = [self.mantissas.word_select(i, elements * KV_BITS) for i in range(ports)]
+        if shared:
+            transposed = [Cat(line.word_select(i, KV_BITS) for line in numbers) for i in range(elements)]
+            numbers = [Signal(len(line), name=f"numbers_{i}") for i, line in enumerate(numbers)]
+            m.d.comb += [line.eq(Mux(self.load_values.any(), value, key)) for line, value, key in
+                         zip(numbers, transposed, (self.mantissas.word_select(i, elements * KV_BITS)
+                                                   for i in range(ports)))]
+        times, ages = _times(config), 1 + max(skew(config.dsp, k) for k in range(lanes))
+        sources = [[codes, numbers, [self.load_codes], [self.load_keys], [self.load_values]]]
+        for age in range(1, times.row + ages):
+            sources.append([[_delay(m, line, 1, f"{name}{i}_{age}") for i, line in enumerate(lines)] for lines, name in
+                            zip(sources[-1], ("codes", "numbers", "load_codes", "load_keys", "load_values"))])
+        strobes = {}
+        for n in range(columns):
+            pair, c = pairs[n // 2], n % 2
+            for k in range(lanes):
+                age = times.row + skew(config.dsp, k)
+                code_lines, number_lines, *loads = sources[age]
+                beats = (n // per_beat, (n // ports) * (lanes // elements) + k // elements,
+                         (k // ports) * (columns // elements) + n // elements)
+                if (age, *beats) not in strobes:
+                    strobes[age, *beats] = load = Signal(name="load_" + "_".join(map(str, (age, *beats))))
+                    m.d.comb += load.eq(Cat(part[beat] for (part,), beat in zip(loads, beats)).any())
+                load_code, _, load_value = (part[beat] for (part,), beat in zip(loads, beats))
+                m.d.comb += [
+                    pair.load[c][k].eq(strobes[age, *beats]), pair.load_code[c][k].eq(load_code),
+                    pair.code[c][k].eq(code_lines[n % per_beat].word_select(k, CODE_BITS)),
+                    pair.key[c][k].eq(number_lines[n % ports].word_select(k % elements, KV_BITS).as_signed()),
+                ]
+                if not shared:
+                    value = number_lines[k % ports].word_select(n % elements, KV_BITS)
+                    m.d.comb += [pair.load_value[c][k].eq(load_value), pair.value[c][k].eq(value.as_signed())]

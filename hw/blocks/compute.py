@@ -145,7 +145,7 @@ class TileFeed(wiring.Component):
                 high_plane = is_w8 & ~tile_plane
                 with m.If(self.use_first):
                     m.d.sync += [
-                        self.scale[n][b].significand.eq(Mux(is_kv, 1 << KV_FRACTION, sig)),
+                        self.scale[n][b].significand.eq(Mux(is_kv, 0, sig - (1 << KV_FRACTION))),
                         self.scale[n][b].shift.eq(
                             Mux(is_kv, 0, self.scale_exponent - es - Mux(high_plane, CODE_BITS, 0))),
                         self.minimum[n][b].significand.eq(sig_minimum),
@@ -292,7 +292,7 @@ class ComputeUnit(wiring.Component):
         with m.If(issue):
             m.d.sync += [
                 control.acc.eq(Cat(acc_row, bank)), control.first.eq((k == 0) & ~plane),
-                control.offset.eq((mode == MatmulMode.W4M) | ((mode == MatmulMode.W8) & plane)),
+                control.signed_codes.eq((mode == MatmulMode.W4) | ((mode == MatmulMode.W8) & ~plane)),
                 control.minimum.eq(mode == MatmulMode.W4M),
                 control.last.eq(last_row & last_k),
             ]

@@ -1,6 +1,6 @@
 """The DSP48E2 slice: one description, as a behavioural model and as the primitive of Xilinx UltraScale(+) devices.
 
-Only what the packed lanes need (`packing.py`) exists, and anything else is refused: the multiplier always takes the
+Only what the PE array needs (`dot.py`) exists, and anything else is refused: the multiplier always takes the
 pre-adder's sum, and the ALU adds or subtracts. Names and encodings are those of AMD's user guide UG579.
 
           A ─[a]─┐ INMODE                              OPMODE    ALUMODE
@@ -13,9 +13,11 @@ from amaranth.hdl import C, Cat, ClockSignal, Instance, Module, Signal, signed
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-__all__ = ["ADD", "INMODE_D_PLUS_A", "SUBTRACT", "TARGETS", "W_C", "W_ZERO", "XY_M", "Z_PCIN", "Z_ZERO", "Dsp48e2"]
+from ..emission import Emission
 
-TARGETS = ("generic", "dsp48e2")  #: behavioural description; AMD primitive
+__all__ = ["ADD", "INMODE_D_PLUS_A", "SUBTRACT", "W_C", "W_ZERO", "XY_M", "Z_PCIN", "Z_ZERO", "Dsp48e2"]
+
+_TARGETS = (None, "generic", "dsp48e2")
 
 INMODE_D_PLUS_A = 0b00100
 XY_M = 0b00_000_01_01  #: X and Y multiplexers: the product (its two partial sums)
@@ -46,15 +48,15 @@ class Dsp48e2(wiring.Component):
     alumode : ADD or SUBTRACT
     inmode : INMODE_D_PLUS_A
     registers : dict of pipeline registers a, b, c, d, ad, m, p that differ from the fully pipelined slice
-    target : one of TARGETS
+    target : "generic" (its behaviour), "dsp48e2" (the primitive), or None: what the `Emission` asks for
 
     Raises ValueError for anything else, and when the two operands of the multiplier would not meet.
     """
 
-    def __init__(self, *, opmode=XY_M, alumode=ADD, inmode=INMODE_D_PLUS_A, registers=None, target="generic"):
+    def __init__(self, *, opmode=XY_M, alumode=ADD, inmode=INMODE_D_PLUS_A, registers=None, target=None):
         self.registers = {**_REGISTERS, **(registers or {})}
-        if target not in TARGETS:
-            raise ValueError(f"target must be one of {', '.join(TARGETS)}, not {target!r}")
+        if target not in _TARGETS:
+            raise ValueError(f"target must be None, generic or dsp48e2, not {target!r}")
         if opmode not in _OPMODES:
             raise ValueError(f"opmode must be X = Y = M, W = 0 or C, Z = 0 or PCIN "
                              f"({', '.join(f'{mode:09b}' for mode in sorted(_OPMODES))}), not {opmode:09b}")
@@ -92,7 +94,8 @@ class Dsp48e2(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        if self.target == "dsp48e2":
+        asked = isinstance(platform, Emission) and platform.primitives
+        if self.target == "dsp48e2" or asked and self.target is None:
             m.submodules.slice = self._primitive()
         else:
             self._behaviour(m)

@@ -4,11 +4,13 @@ import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from cocotb.triggers import ClockCycles, RisingEdge, Timer
-from skipopu.hw.blocks.array import Column, PeArray, RowControl, Scale, tile_beats
+from skipopu.hw.blocks.array import ColumnPair, PeArray, RowControl, Scale, tile_beats
+from skipopu.hw.blocks.dot import CASCADE
 from skipopu.hw.blocks.mbuf import AlignedRow, sum_shape
-from skipopu.hw.config import preset
-from skipopu.sim.bench import bench, cycle, pack, run_bench
+from skipopu.hw.config import DSPS, OverlayConfig, preset
+from skipopu.sim.bench import bench, bench_parameters, cycle, pack, run_bench
 
 TINY = preset("tiny")
 BLOCKS = dataclasses.replace(TINY, name="blocks", lanes=64, columns=128, ports=8)  # two blocks in a row
@@ -37,13 +39,11 @@ def make_tile(rng, config, kind):
 
 
 def make_row(rng, config):
-    """Mantissas [lanes], sums, exponents [blocks] and the vector's largest exponent, not tied to each other."""
+    """Mantissas [lanes], sums, exponents [blocks] and the vector's largest exponent."""
     mantissas = rng.integers(-32767, 32768, config.lanes)
     if rng.random() < 0.2:
         mantissas[:] = rng.choice([-32767, 32767, -2047, 2047, 0, -1])
-    limit = config.block * 32767
-    sums = np.where(rng.random(config.blocks) < 0.2, rng.choice([-limit, limit, 0]),
-                    rng.integers(-limit, limit + 1, config.blocks))
+    sums = mantissas.reshape(config.blocks, -1).sum(-1)
     maximum = int(rng.integers(-127, 128))
     gaps = rng.choice([0, 1, 2, 5, 20, 61, 62, 63, 64, 65, 254], config.blocks)
     return SimpleNamespace(mantissas=mantissas, sums=sums, exponents=np.maximum(maximum - gaps, -127), maximum=maximum)
@@ -73,11 +73,19 @@ def superbeats(config, tile):
             for line in lines.reshape(-1, ports * elements)]
 
 
+def scale_bits(tile, name, column, block):
+    """The bits of a Scale."""
+    significand, shift = getattr(tile, name)
+    less = 64 if name == "scale" else 0
+    return int(significand[column, block] - less) & 0x1FFF | int(shift[column, block]) << 13
+
+
 class ArrayBench:
     """Drives one cycle at a time; scales follow their row by one cycle, noise stands on everything that is not used."""
 
     def __init__(self, dut, rng):
-        self.dut, self.rng, self.config, self.edge = dut, rng, TINY, RisingEdge(dut.clk)
+        self.dut, self.rng, self.edge = dut, rng, RisingEdge(dut.clk)
+        self.config = OverlayConfig(**bench_parameters()) if bench_parameters() else TINY
         self.acc = {}  # accumulator row -> int64 [columns]
         self.used = None  # tile of the row in the cycle before
         self.last_rows, self.done = [], []  # cycles
@@ -97,7 +105,8 @@ class ArrayBench:
                                                  "sum": row.sums.tolist()})
             dut.maximum.value = row.maximum
             dut.control.value = pack(RowControl(config), {
-                "acc": acc, "first": first, "offset": tile.offset, "minimum": tile.use_minimum, "last": last})
+                "acc": acc, "first": first, "signed_codes": int(tile.kind == "codes" and not tile.offset),
+                "minimum": tile.use_minimum, "last": last})
             value = contribution(config, tile, row)
             self.acc[acc] = value if first else self.acc[acc] + value
         else:
@@ -118,8 +127,7 @@ class ArrayBench:
                     if tile is None:
                         bits = int(self.rng.integers(0, 1 << Scale().size))
                     else:
-                        significand, shift = getattr(tile, name)
-                        bits = int(significand[n, b]) & 0xFFF | int(shift[n, b]) << 12
+                        bits = scale_bits(tile, name, n, b)
                     getattr(dut, f"{name}__{n}__{b}").value = bits
 
     async def check(self):
@@ -140,15 +148,15 @@ async def accumulates_exactly(dut, seed):
     """Tiles of all kinds; each is replaced from the cycle of its last row on; rows follow each other or pause."""
     rng = np.random.default_rng(seed)
     machine = ArrayBench(dut, rng)
-    kinds = ["codes", "keys", "values"]
-    assert [len(superbeats(TINY, make_tile(rng, TINY, kind))) for kind in kinds] == list(tile_beats(TINY))
+    config, kinds = machine.config, ["codes", "keys", "values"]
+    assert [len(superbeats(config, make_tile(rng, config, kind))) for kind in kinds] == list(tile_beats(config))
     tile, beats = None, []
     for _ in range(60):
-        upcoming = make_tile(rng, TINY, str(rng.choice(kinds)))
-        beats = [(upcoming.kind, i, word) for i, word in enumerate(superbeats(TINY, upcoming))]
+        upcoming = make_tile(rng, config, str(rng.choice(kinds)))
+        beats = [(upcoming.kind, i, word) for i, word in enumerate(superbeats(config, upcoming))]
         if tile:
             rows = int(rng.integers(1, 6))
-            places = rng.integers(0, 2 * TINY.acc_rows, rows)
+            places = rng.integers(0, 2 * config.acc_rows, rows)
             if rng.random() < 0.3:
                 places[:] = places[0]  # the same row again and again
             for i, place in enumerate(places.tolist()):
@@ -156,8 +164,8 @@ async def accumulates_exactly(dut, seed):
                     await machine.step()
                 final = i == rows - 1
                 first = int(place not in machine.acc or rng.random() < 0.2)
-                await machine.step(load=beats.pop(0) if final else None, row=make_row(rng, TINY), tile=tile, acc=place,
-                                   first=first, last=int(final and rng.random() < 0.5))
+                await machine.step(load=beats.pop(0) if final else None, row=make_row(rng, config), tile=tile,
+                                   acc=place, first=first, last=int(final and rng.random() < 0.5))
         for beat in beats:
             await machine.step(load=beat)
         tile = upcoming
@@ -202,37 +210,59 @@ async def banks_are_apart(dut):
 
 
 @bench(seed=[5])
-async def column_sums_its_blocks(dut, seed):
-    """A column of two blocks: each block has its own dot product, scale, minimum, sum and exponent."""
-    config, rng = BLOCKS, np.random.default_rng(seed)
+async def columns_sum_their_blocks(dut, seed):
+    """Two columns of two blocks: each block has its own dot product, bias, scale, minimum, sum and exponent."""
+    config, rng = OverlayConfig(**bench_parameters()), np.random.default_rng(seed)
     acc = 0
+    for name in ("dot_en", "scale_en", "shift_en"):
+        if hasattr(dut, name):
+            getattr(dut, name).value = 1
     for number in range(60):
         tile, row = make_tile(rng, config, ("codes", "keys")[number % 2]), make_row(rng, config)
-        want = int(contribution(config, tile, row)[0])
+        want = contribution(config, tile, row)[:2]
         acc = acc + want if number % 3 else want
+        is_code = tile.kind == "codes"
         for k in range(config.lanes):
-            getattr(dut, f"weight__{k}").value = int(tile.codes[0, k]) & 0xFFFFFFFF
-            getattr(dut, f"mantissa__{k}").value = int(row.mantissas[k]) & 0xFFFFFFFF
+            getattr(dut, f"mantissa__{k}").value = int(row.mantissas[k])
+            for c in range(2):
+                word = int(tile.codes[c, k])
+                getattr(dut, f"code__{c}__{k}").value = word & 15 if is_code else int(rng.integers(16))
+                getattr(dut, f"key__{c}__{k}").value = int(rng.integers(-2047, 2048)) if is_code else word
+                getattr(dut, f"load__{c}__{k}").value = 1
+                getattr(dut, f"load_code__{c}__{k}").value = int(is_code)
         for b in range(config.blocks):
-            getattr(dut, f"sum__{b}").value = int(row.sums[b])
+            getattr(dut, f"bias__{b}").value = int(-8 * row.sums[b] * (is_code and not tile.offset))
+            getattr(dut, f"sum__{b}").value = int(row.sums[b] * tile.use_minimum)
             getattr(dut, f"exponent_gap__{b}").value = min(int(row.maximum - row.exponents[b]), SHIFT_LIMIT)
-            for name in ("scale", "minimum"):
-                significand, shift = getattr(tile, name)
-                getattr(dut, f"{name}__{b}").value = int(significand[0, b]) & 0xFFF | int(shift[0, b]) << 12
-        dut.offset.value, dut.use_minimum.value = tile.offset, tile.use_minimum
+            for c in range(2):
+                for name in ("scale", "minimum"):
+                    getattr(dut, f"{name}__{c}__{b}").value = scale_bits(tile, name, c, b)
         dut.acc_row.value, dut.drain_row.value, dut.acc_first.value = 5, 5, int(number % 3 == 0)
-        for stage in ("dot_en", "scale_en", "shift_en", "acc_en"):
-            getattr(dut, stage).value = 1
-            await RisingEdge(dut.clk)
-            getattr(dut, stage).value = 0
+        # Everything stands still until it has come through all stages.
+        await ClockCycles(dut.clk, PeArray.latency + CASCADE)
+        dut.acc_en.value = 1
+        await RisingEdge(dut.clk)
+        dut.acc_en.value = 0
         await ClockCycles(dut.clk, 1)
-        assert dut.drain.value.to_signed() == acc, f"row {number}: {tile.kind}, offset {tile.offset}"
+        got = [getattr(dut, f"drain__{c}").value.to_signed() for c in range(2)]
+        assert got == acc.tolist(), f"row {number}: {tile.kind}, offset {tile.offset}"
 
 
-def test_array():
-    run_bench(PeArray(config=TINY), accumulates_exactly, every_shift_floors, banks_are_apart)
+@pytest.mark.parametrize("dsp", DSPS)
+def test_array(dsp):
+    run_bench(PeArray(config=dataclasses.replace(TINY, dsp=dsp)), accumulates_exactly, every_shift_floors,
+              banks_are_apart)
 
 
-def test_column_of_two_blocks():
-    assert BLOCKS.blocks == 2 and sum_shape(BLOCKS).width == 21
-    run_bench(Column(config=BLOCKS), column_sums_its_blocks)
+@pytest.mark.parametrize("dsp", DSPS)
+def test_columns_of_two_blocks(dsp):
+    config = dataclasses.replace(BLOCKS, dsp=dsp)
+    assert config.blocks == 2 and sum_shape(config).width == 21
+    run_bench(ColumnPair(config=config), columns_sum_their_blocks, parameters=dataclasses.asdict(config))
+
+
+def test_transposed_values():
+    """Ports as wide as there are of them: keys and values go to the same places."""
+    square = dataclasses.replace(TINY, name="square", ports=4, dsp="dsp48e2")
+    assert square.ports == square.beat_elements
+    run_bench(PeArray(config=square), accumulates_exactly, parameters=dataclasses.asdict(square))

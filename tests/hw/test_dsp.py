@@ -8,6 +8,7 @@ from amaranth.back import rtlil
 from amaranth.sim import Simulator
 from proof import prove
 from skipopu.hw.blocks.dsp import ADD, SUBTRACT, W_C, W_ZERO, XY_M, Z_PCIN, Z_ZERO, Dsp48e2
+from skipopu.hw.verilog import to_rtlil
 
 NONE = dict.fromkeys(("a", "b", "c", "d", "ad", "m", "p"), 0)
 MODES = {(w, z, alu): dict(opmode=w | XY_M | z, alumode=alu)
@@ -105,6 +106,8 @@ def test_primitive_has_the_same_ports_and_its_settings():
         assert generic.signature == primitive.signature
         assert (generic.latency, generic.c_latency) == (primitive.latency, primitive.c_latency) == (4, 2)
         text = rtlil.convert(primitive, name="top", emit_src=False)
+        assert to_rtlil(Dsp48e2(**mode), name="top", primitives=True) == text
+        assert " \\DSP48E2 " not in to_rtlil(Dsp48e2(**mode), name="top")
         assert text.count(r"cell \DSP48E2 ") == 1
         assert not re.search(r"cell \$(mul|add|sub|dff)", text)
         settings = dict(re.findall(r"parameter \\?(?:signed )?\\(\w+) (\S+)", text))
@@ -117,7 +120,7 @@ def test_primitive_has_the_same_ports_and_its_settings():
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(target="ecp6"), "target must be one of generic, dsp48e2, not 'ecp6'"),
+    (dict(target="ecp6"), "target must be None, generic or dsp48e2, not 'ecp6'"),
     (dict(opmode=0b000110101), "opmode must be X = Y = M, W = 0 or C, Z = 0 or PCIN .*, not 000110101"),
     (dict(opmode=0), "not 000000000"),
     (dict(alumode=1), r"alumode must be 0000 \(add\) or 0011 \(subtract\), not 0001"),

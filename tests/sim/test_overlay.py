@@ -4,6 +4,8 @@ One build of configuration `tiny` serves all models: a new model is a new progra
 different ways; that may change when things happen, never what comes out.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 from skipopu.golden.random_model import random_model
@@ -79,11 +81,12 @@ def with_gain(model, name, factor):
     return Model(config=model.config, tensors={**model.tensors, name: norm}, identity=model.identity)
 
 
-def pair_of(model, timing, context=CONTEXT):
+def pair_of(model, timing, context=CONTEXT, dsp="generic"):
     """The model on the functional level and on the RTL."""
-    compiled = compile_model(model, CONFIG, context)
+    config = dataclasses.replace(CONFIG, dsp=dsp)
+    compiled = compile_model(model, config, context)
     size = compiled.map.memory * CONFIG.port_bits // 8
-    devices = open_device("functional", CONFIG, size), open_device("rtl", CONFIG, size, timing=TIMINGS[timing])
+    devices = open_device("functional", config, size), open_device("rtl", config, size, timing=TIMINGS[timing])
     return [Accelerator(device, compiled, timeout=120, watchdog=100_000) for device in devices]
 
 
@@ -123,6 +126,14 @@ def test_random_geometries(seed):
     geometry, length, timing = random_geometry(seed)
     model = random_model(seed, **geometry)
     assert_equal(pair_of(model, timing), tokens_of(model, length, seed), 4)
+
+
+@pytest.mark.parametrize("dsp", ["dsp48e2", "mult18x18d"])
+@pytest.mark.parametrize("seed", [20, 21, 22])
+def test_multipliers_of_a_device(seed, dsp):
+    geometry, length, timing = random_geometry(seed)
+    model = random_model(seed, **geometry)
+    assert_equal(pair_of(model, timing, dsp=dsp), tokens_of(model, length, seed), 4)
 
 
 @pytest.mark.parametrize("timing", TIMINGS)
