@@ -36,6 +36,7 @@ class Overlay(wiring.Component):
     -------
     s_axil : registers (`hw.registers`); irq : interrupt
     m_axi : P memory ports; mi_axi : instruction fetch, reads the memory of port 0
+    running : a program runs; fault : it stopped with a fault, until reset
     events : what happened in the cycle before, for simulators and on-chip analysers
     """
 
@@ -44,7 +45,7 @@ class Overlay(wiring.Component):
         super().__init__({
             "s_axil": In(AxiLite(ADDRESS_BITS)), "irq": Out(1),
             "m_axi": Out(Axi4(config.port_bits)).array(config.ports), "mi_axi": Out(AxiRead(256)),
-            "events": Out(Happened),
+            "running": Out(1), "fault": Out(1), "events": Out(Happened),
         })
 
     def elaborate(self, platform):
@@ -108,6 +109,7 @@ class Overlay(wiring.Component):
         ]
 
         # Counters and inspection.
+        m.d.comb += [self.running.eq(csr.control.running), self.fault.eq(csr.control.fault.valid)]
         events = csr.events
         m.d.comb += [
             events.busy.eq(control.busy), events.hazard_wait.eq(control.waiting),

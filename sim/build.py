@@ -23,7 +23,8 @@ from skipopu.sim.toolchain import Toolchain, find_toolchain
 __all__ = ["build_library", "cache_root"]
 
 _HERE = Path(__file__).parent
-_SOURCES = ("harness.cpp", "axi_port.h", "memory_model.h", "hbm.h", "lz4.h")
+_HARNESS = "harness.cpp"
+_HEADERS = ("axi_port.h", "memory_model.h", "hbm.h", "lz4.h")
 _VERILATOR_FLAGS = ("--cc", "--prefix", "Vtop", "-O3", "--x-assign", "fast", "--x-initial", "fast", "--no-timing",
                     "--no-assert", "--output-split", "20000", "--output-split-cfuncs", "1000", "-Wno-fatal",
                     "-Wno-lint", "-Wno-style", "--quiet")
@@ -47,11 +48,12 @@ def cache_root() -> Path:
 
 
 def build_library(verilog: str, *, top: str, ports: int, port_bits: int, trace: bool = False,
-                  log: Log | None = None) -> Path:
+                  log: Log | None = None, harness: str = _HARNESS) -> Path:
     """Return the path of the shared library of ``top``, building it if the cache has no intact copy.
 
     verilog : text that holds module ``top`` with the overlay's ports; ports, port_bits : its AXI masters
     trace : build with FST waveforms; log : called with one line per step of a build, never on a cache hit
+    harness : C++ source beside this file that drives the design and exports the functions
     Raises ToolError if a tool is missing or refuses the design.
     """
     say = log or (lambda line: None)
@@ -61,7 +63,7 @@ def build_library(verilog: str, *, top: str, ports: int, port_bits: int, trace: 
     defines = (f"-DPORTS={ports}", f"-DPORT_BITS={port_bits}",
                "-DPORT_LIST=" + " ".join(f"PORT({port})" for port in range(ports)),
                *(["-DEVENTS"] if "event_dispatch" in verilog else []))
-    sources = [(_HERE / name).read_text() for name in _SOURCES]
+    sources = [(_HERE / name).read_text() for name in (harness, *_HEADERS)]
     key = _digest(verilog, top, *sources, *_VERILATOR_FLAGS, *flags, *_FAST_FLAGS, *_SLOW_FLAGS, str(_UNIT_BYTES),
                   *defines, Path(__file__).read_text(), tools.identity)
     runtime_key = _digest("runtime", *sources[-1:], *flags, *_SLOW_FLAGS, Path(__file__).read_text(), tools.identity)
@@ -69,7 +71,7 @@ def build_library(verilog: str, *, top: str, ports: int, port_bits: int, trace: 
     def build(folder: Path) -> None:
         begin = time.monotonic()
         runtime = _entry(runtime_key, "runtime.o", lambda f: _build_runtime(f, tools, flags, trace, say))
-        _build_design(folder, tools, verilog, top, (*flags, *defines), trace, runtime, say)
+        _build_design(folder, tools, verilog, top, harness, (*flags, *defines), trace, runtime, say)
         say(f"built {key[:12]} in {time.monotonic() - begin:.1f} s")
 
     return _entry(key, "sim.so", build)
@@ -135,8 +137,8 @@ def _build_runtime(folder: Path, tools: Toolchain, flags: tuple[str, ...], trace
     tools.run([tools.compiler, "-r", "-nostdlib", *(f"{name}.o" for name in names), "-o", "runtime.o"], cwd=folder)
 
 
-def _build_design(folder: Path, tools: Toolchain, verilog: str, top: str, flags: tuple[str, ...], trace: bool,
-                  runtime: Path, say: Log) -> None:
+def _build_design(folder: Path, tools: Toolchain, verilog: str, top: str, harness: str,
+                  flags: tuple[str, ...], trace: bool, runtime: Path, say: Log) -> None:
     (folder / "top.v").write_text(verilog)
     say(f"translating {top} to C++")
     tools.run([str(tools.verilator), *_VERILATOR_FLAGS, "--top-module", top, "--Mdir", ".",
@@ -148,7 +150,7 @@ def _build_design(folder: Path, tools: Toolchain, verilog: str, top: str, flags:
             source.write_text(_expect_idle(source.read_text()))
     units = [(unit, (*flags, *_FAST_FLAGS)) for unit in _unite(folder, "fast", fast)]
     units += [(unit, (*flags, *_SLOW_FLAGS)) for unit in _unite(folder, "slow", slow)]
-    units.append((_HERE / "harness.cpp", (*flags, *_FAST_FLAGS)))
+    units.append((_HERE / harness, (*flags, *_FAST_FLAGS)))
     say(f"compiling {len(units)} units")
     _compile(folder, tools, units)
     libraries = ["-lz"] if trace else []
