@@ -14,6 +14,8 @@ from skipopu.host.bundle import save_bundle
 from skipopu.host.chat import ChatTemplate
 from skipopu.host.cli import main
 from skipopu.host.compiler import compile_model
+from skipopu.host.load import load_model
+from skipopu.host.routers import Routers, save_routers
 from skipopu.host.tokenizer import Tokenizer
 from skipopu.hw.config import preset
 from skipopu.hw.isa import encode
@@ -21,7 +23,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 GENERATE_KEYS = {"text", "tokens", "prompt_tokens", "device", "config", "seconds", "tokens_per_second", "cycles",
-                 "cycles_per_token", "bytes_read", "bytes_written", "bandwidth_efficiency", "array_utilisation"}
+                 "cycles_per_token", "bytes_read", "bytes_written", "bandwidth_efficiency", "array_utilisation",
+                 "skip_attention", "skip_mlp", "kv_bytes_written", "weight_bytes_read"}
 TINY = ("--config", "tiny")
 PROMPT = ("--prompt-tokens", "5,17,9")
 
@@ -96,6 +99,16 @@ def folder(tmp_path_factory):
     object.__setattr__(compiled, "chat", ChatTemplate("ab{{ messages[0].content }}h"))
     save_bundle(folder / "text.skpu", compiled)
     rng = np.random.default_rng(1)
+    loaded = load_model(folder / "model.gguf")
+    routers = Routers(kv="reuse", base=loaded.identity, bias=np.zeros((2, 2), np.float32),
+                      difference=np.random.default_rng(0).standard_normal((2, 2, 64)).astype(np.float16))
+    save_routers(folder / "routers", routers)
+    two_layer = Routers(kv="dense", base=loaded.identity, difference=np.zeros((2, 2, 8), np.float32),
+                        bias=np.zeros((2, 2), np.float32), hidden_weight=np.ones((2, 2, 8, 64), np.float32),
+                        hidden_bias=np.zeros((2, 2, 8), np.float32))
+    save_routers(folder / "two-layer", two_layer)
+    save_routers(folder / "foreign", Routers(kv="dense", base="00" * 32, difference=routers.difference,
+                                             bias=routers.bias))
     np.savez(folder / "tokens.npz", tokens=rng.integers(0, 96, (3, 12)).astype(np.uint16))
     return folder
 
@@ -245,6 +258,99 @@ def test_help_is_quick():
                            "if name in sys.modules])"], capture_output=True, text=True)
     assert "generate" in done.stdout and done.stdout.endswith("[]\n"), done.stdout + done.stderr
     assert time.perf_counter() - began < 5  # under load; alone it takes a few tenths
+
+
+# routers
+
+@pytest.mark.parametrize("kv", ["dense", "reuse"])
+def test_routed_generation_reports_what_was_skipped(call, model, folder, kv):
+    arguments = ("generate", *model, *PROMPT, *TINY, "-n", 8, "--kv", kv)
+    plain, nothing = call.json(*arguments[:-2]), call.json(*arguments, "--force-skip", 0)
+    assert plain["skip_attention"] is None and (nothing["skip_attention"], nothing["skip_mlp"]) == (0, 0)
+    assert plain["tokens"] == nothing["tokens"] and plain["weight_bytes_read"] == nothing["weight_bytes_read"] > 0
+    routed = [call.json(*arguments, *extra) for extra in (
+        ("--routers", folder / "routers"), ("--force-skip", 0.5, "--seed", 3), ("--force-skip", 0.5, "--seed", 4))]
+    for report in routed:
+        assert 0 < report["skip_attention"] < 1 and 0 < report["skip_mlp"] < 1
+        assert report["weight_bytes_read"] < plain["weight_bytes_read"]
+        # the first layer computes keys and values of every token, of two
+        share = 1 - report["skip_attention"] if kv == "reuse" else 1
+        assert plain["kv_bytes_written"] * share <= report["kv_bytes_written"] <= plain["kv_bytes_written"]
+    assert routed[1]["skip_mlp"] != routed[2]["skip_mlp"]
+    for extra, report in zip((("--routers", folder / "routers"), ("--force-skip", 0.5, "--seed", 3)), routed):
+        reference = call.json(*arguments, *extra, "--device", "reference")
+        assert reference["tokens"] == report["tokens"]
+        assert reference["skip_attention"] == pytest.approx(report["skip_attention"])
+
+
+def test_a_bundle_keeps_its_routers(call, model, folder, tmp_path):
+    arguments = ("--routers", folder / "routers", "--kv", "dense")
+    bundle = tmp_path / "routed.skpu"
+    assert call.json("compile", *model, *TINY, "-o", bundle, *arguments)["kv"] == "dense"
+    found, expected = (call.json("generate", *which, *PROMPT, "-n", 6) for which in (
+        ("-m", bundle), (*model, *TINY, *arguments)))
+    assert found["tokens"] == expected["tokens"] and found["skip_mlp"] == expected["skip_mlp"] > 0
+    assert call.json("generate", "-m", bundle, *PROMPT, "-n", 2, "--force-skip", 1)["skip_mlp"] == 1
+    assert "a bundle is made with its routers" in call.bad("generate", "-m", bundle, *PROMPT, "--kv", "reuse")
+
+
+def test_compare_and_eval_with_routers(call, model, folder):
+    routers = ("--routers", folder / "routers")
+    report = call.json("compare", *model, *PROMPT, *TINY, "-n", 3, "--devices", "functional,functional", *routers)
+    assert report["equal"]
+    evaluation = ("eval", *model, "--tokens", folder / "tokens.npz", *TINY, "--limit", 2)
+    report = call.json(*evaluation, *routers)
+    assert report["kl"] < 0.01 and report["decision_agreement"] > 0.9 and 0 < report["skip_mlp"] < 1
+    forced = call.json(*evaluation, "--force-skip", 0.3)
+    assert forced["decision_agreement"] == 1 and forced["kl"] < 0.01
+    assert call.json(*evaluation)["decision_agreement"] is None
+    routed = call.json(*evaluation, *routers, "--device", "reference")  # against the model without routers
+    assert routed["kl"] > 0.01 and routed["decision_agreement"] is None
+    out, _ = call.good(*evaluation, *routers)
+    assert "of the decisions are the reference's" in out
+
+
+def test_routes_are_drawn(call, model, tmp_path):
+    arguments = ("routes", *model, *PROMPT, *TINY, "-n", 5, "--force-skip", 0.4)
+    report = call.json(*arguments, "-o", tmp_path / "map.svg")
+    ran = np.array(report["executed"])
+    assert ran.shape == (2, 2, 7) and (report["layers"], report["tokens"]) == (2, 7)
+    assert report["skip_attention"] == pytest.approx(1 - ran[:, 0].mean())
+    np.testing.assert_allclose(report["skip_by_layer"], 1 - ran.mean(2))
+    assert "<svg" in (tmp_path / "map.svg").read_text()
+    out, _ = call.good(*arguments, "-o", tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
+    lines = out.splitlines()
+    cells = {(0, 0): "·", (1, 0): "▀", (0, 1): "▄", (1, 1): "█"}
+    for layer in range(2):
+        drawn = "".join(cells[tuple(pair)] for pair in ran[layer].T)
+        assert lines[1 + layer].split()[:2] == [str(layer), drawn[:3] + "│" + drawn[3:]]
+    assert "skipped" in lines[-1]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--routers", "{}/foreign"), "these routers are for the model with hash 0000000000000000, but random-8 has"),
+    (("--routers", "{}/two-layer"), "two-layer routers (hidden width 8) run in the reference only"),
+    (("--routers", "{}/model.gguf"), "not a readable safetensors file"),
+    (("--routers", "{}/none"), "no such router file or name; "),
+    (("--routers", "smollm2:reus"), "did you mean smollm2:reuse?"),
+    (("--kv", "sparse"), "KV mode must be dense or reuse, not 'sparse'"),
+    (("--routers", "{}/routers", "--kv", "sparse"), "KV mode must be dense or reuse, not 'sparse'"),
+    (("--force-skip", 1.5), "the forced skip rate must be 0..1, not 1.5"),
+])
+@pytest.mark.parametrize("command", [("generate",), ("compare", "--devices", "functional,functional"), ("routes",)],
+                         ids=lambda command: command[0])
+def test_bad_routers(call, model, folder, arguments, message, command):
+    arguments = [str(argument).format(folder) for argument in arguments]
+    assert message in call.bad(*command, *model, *PROMPT, *TINY, "-n", 2, *arguments)
+
+
+def test_what_cannot_be_routed_or_drawn(call, model, folder, tmp_path):
+    bundle = ("-m", folder / "text.skpu", "-p", "a")
+    assert "the bundle is made without routers" in call.bad("generate", *bundle, "--force-skip", 0.5)
+    assert "no routers decide here" in call.bad("routes", *bundle)
+    line = call.bad("routes", *model, *PROMPT, *TINY, "--force-skip", 0.5, "-o", tmp_path / "map.gif")
+    assert line.endswith("map.gif: a skip map is written as .png or .svg")
 
 
 # mistakes

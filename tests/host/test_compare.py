@@ -10,6 +10,8 @@ from skipopu.host.devices import open_device
 from skipopu.host.effects import run_effects
 from skipopu.host.errors import RequestError
 from skipopu.host.passes.walk import Arguments
+from skipopu.host.routers import Routers
+from skipopu.host.routes import RandomRoutes, words_of_routes
 from skipopu.host.runtime import Accelerator
 from skipopu.hw.config import preset
 from skipopu.hw.registers import DebugBuffer, address
@@ -35,6 +37,8 @@ class FaultyDevice(FunctionalDevice):
         if write.buffer == "memory":
             self.memories[0].reshape(-1, self.config.port_bits // 8)[write.rows[0], 3] ^= 1
             self.machine.invalidate()
+        elif write.buffer == "routes":
+            self.machine.routes = {layer: (words[0], words[1] ^ 1) for layer, words in self.machine.routes.items()}
         elif write.buffer in ("abuf", "mbuf", "kvout"):
             getattr(self.machine, write.buffer).view(np.uint8)[write.rows, 2] ^= 1
 
@@ -143,6 +147,61 @@ def test_effects_name_what_the_machine_writes(compiled):
             elif write.buffer == "memory":
                 rows = np.concatenate([span.address + np.arange(span.superbeats) for span in effect.spans])
                 np.testing.assert_array_equal(np.unique(rows), np.unique(write.rows))
+
+
+@pytest.fixture(scope="module", params=["dense", "reuse"])
+def routed(request):
+    model, rng = random_model(8, kinds=("q4_1",), layers=3), np.random.default_rng(0)
+    routers = Routers(kv=request.param, base=model.identity, bias=np.zeros((3, 2), np.float32),
+                      difference=rng.standard_normal((3, 2, 64)).astype(np.float16))
+    return compile_model(model, CONFIG, context=32, routers=routers)
+
+
+def test_equal_devices_agree_with_routers(routed):
+    first, second = pair_of(routed)
+    assert last(compare(first, second, PROMPT, 5)).difference is None
+    assert 0.1 < first.decisions.mean() < 0.9
+    np.testing.assert_array_equal(first.decisions, second.decisions)
+
+
+@pytest.mark.parametrize(("mnemonic", "tensor", "place"), [
+    ("vnorm", "layers.2.down", "MBUF"), ("vrope", "layers.1.k", "KVOUT"), ("storekv", "kv.2", "memory of port"),
+    ("vadd", "layers.2.o", "ABUF"), ("vswiglu", "layers.1.gate_up", "MBUF"), ("route", "layers.1.routers", "ROUTES")])
+def test_the_first_wrong_instruction_is_named_with_routers(routed, mnemonic, tensor, place):
+    pc = find(routed, mnemonic, tensor)
+    first, second = pair_of(routed)
+    for device in (first, second):
+        device.force = RandomRoutes(0.3, 2)
+        device.reset()
+    second.device.break_at(pc, after=1)  # behind the first run, so that what was cut knows the past
+    difference = last(compare(first, second, PROMPT, 3)).difference
+    assert (difference.pc, difference.position) == (pc, 4) and difference.place.startswith(place)
+
+
+def test_another_decision_from_equal_rows_blames_route(routed):
+    """Another route changes what runs behind it; what it was scored from is the same."""
+    first, second = pair_of(routed)
+    for device, rate in ((first, 0.3), (second, 0.5)):
+        device.force = RandomRoutes(rate, 2)
+        device.reset()
+    difference = last(compare(first, second, PROMPT, 1)).difference
+    assert difference.place == "ROUTES" and ": route " in difference.instruction and difference.expected[:2] == "0b"
+
+
+def test_effects_follow_the_routes(routed):
+    first, _ = pair_of(routed)
+    seen = []
+    first.device.machine.observer = lambda pc, item, values, writes: seen.append((pc, writes))
+    first.run(PROMPT[:4], 0, 4)
+    words = words_of_routes(first.stats[-1].routes)
+    arguments = Arguments(0, 4, 0, 4, tuple(zip(words[::2], words[1::2])))
+    effects = run_effects(CONFIG, routed.program, arguments, PROMPT[:4])
+    assert [effect.pc for effect in effects] == [pc for pc, _ in seen]
+    for effect, (pc, writes) in zip(effects, seen):
+        found = {write.buffer: write.rows for write in writes if write.buffer in ("abuf", "mbuf", "kvout")}
+        assert {buffer.name.lower() for buffer in effect.rows} == set(found), routed.program.describe(pc)
+        for buffer, rows in effect.rows.items():
+            np.testing.assert_array_equal(rows, np.unique(found[buffer.name.lower()]))
 
 
 def test_cuts_leave_no_stream_open(compiled):
