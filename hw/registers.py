@@ -13,8 +13,8 @@ from skipopu.hw.isa import ISA_VERSION, MAX_LAYERS, Unit
 
 __all__ = [
     "ADDRESS_BITS", "Access", "CAPABILITIES", "COUNTERS", "Control", "DESIGN_VERSION", "DebugBuffer", "FaultCause",
-    "IDENTITY", "Interrupt", "MAP", "MAX_PORTS", "MAX_TOKENS", "Register", "RegisterError", "Status", "address",
-    "capabilities", "debug_address", "markdown", "registers",
+    "IDENTITY", "Interrupt", "MAP", "MAX_PORTS", "MAX_TOKENS", "RESET_KEY", "Register", "RegisterError", "Status",
+    "address", "capabilities", "debug_address", "markdown", "registers",
 ]
 
 ADDRESS_BITS = 12
@@ -22,6 +22,7 @@ IDENTITY = 0x504F4B53  #: "SKOP" read as bytes
 DESIGN_VERSION = 1
 MAX_PORTS = 32
 MAX_TOKENS = 128
+RESET_KEY = 0x54535253  #: "SRST" read as bytes
 UNITS = tuple(unit for unit in Unit if unit != Unit.CONTROL)
 
 
@@ -87,6 +88,7 @@ class Access(IntEnum):
 
     READ_WRITE = 0
     READ_ONLY = 1
+    WRITE_ONLY = 2  #: reads 0
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,8 @@ MAP = (
     Register("ARGMAX_INDEX", 0x064, "index of the largest logit", _RO),
     Register("ARGMAX_VALUE", 0x068, "FP32 bits of the largest logit", _RO),
     Register("ROUTE_FORCE", 0x06C, "bit 0: `route` takes ROUTES_FORCED in place of the routers' decisions"),
+    Register("RESET", 0x070, f"kernels of XRT: {RESET_KEY:#x} resets all but the memory; otherwise ignored. Not while "
+             "the machine moves data: wait 1 ms after a fault", Access.WRITE_ONLY),
     *(Register(name, 0x080 + 4 * i, doc, _RO) for i, (name, doc) in enumerate(zip(CAPABILITIES, _CAPABILITY_DOCS))),
     Register("PORT_BASE", 0x100, "byte address of superbeat 0 on a port", words=2, count=MAX_PORTS),
     *(Register(name, 0x200 + 8 * i, doc, _RO, words=2) for i, (name, doc) in enumerate(COUNTERS)),
@@ -208,7 +212,7 @@ def markdown() -> str:
     for item in MAP:
         name = item.name if item.count == 1 else f"{item.name}[0..{item.count - 1}]"
         where = f"{item.address:#05x}" if item.end - item.address == 4 else f"{item.address:#05x}..{item.end - 4:#05x}"
-        access = "RW" if item.access == Access.READ_WRITE else "R"
+        access = {Access.READ_WRITE: "RW", Access.READ_ONLY: "R", Access.WRITE_ONLY: "W"}[item.access]
         lines.append(f"| {where} | `{name}` | {32 * item.words} | {access} | {item.doc} |")
     for kind in (Control, Status, Interrupt, FaultCause, DebugBuffer):
         lines += ["", f"## {kind.__name__}", "", (kind.__doc__ or "").strip(), ""]

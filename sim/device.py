@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 from skipopu.host.device import Device, read_register, write_register
@@ -14,7 +11,7 @@ from skipopu.host.errors import DeviceError
 from skipopu.hw.config import OverlayConfig
 from skipopu.hw.registers import Control, Status
 
-from .cache import cached_text
+from .cache import cached_text, hardware_digest
 from .native import CsrError, MemoryTiming, NativeSim, ProtocolError, StopReason
 
 __all__ = ["RtlDevice", "cached_verilog"]
@@ -25,18 +22,13 @@ def cached_verilog(config: OverlayConfig, log: Callable[[str], None] | None = No
 
     log : called with one line when the Verilog has to be made
     """
-    sources = Path(__file__).resolve().parent.parent / "hw"
-    digest = hashlib.sha256(repr((config, version("amaranth"), version("pyosys"))).encode())
-    for path in sorted(sources.rglob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
-
     def make() -> str:
         if log:
             log(f"elaborating the overlay at configuration {config.name}")
         from skipopu.hw.top import overlay_verilog
         return overlay_verilog(config)
 
-    return cached_text("verilog", f"{config.name}-{digest.hexdigest()[:20]}.v", make)
+    return cached_text("verilog", f"{config.name}-{hardware_digest(config)}.v", make)
 
 
 class RtlDevice(Device):
