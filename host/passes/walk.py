@@ -11,7 +11,7 @@ from skipopu.hw.isa import Condition, Register, RowList, Unit, decode
 from ..errors import CompileError
 from ..program import Program
 
-__all__ = ["Arguments", "CheckError", "Decide", "rows_in", "walk"]
+__all__ = ["Arguments", "CheckError", "rows_in", "walk"]
 
 ARITHMETIC: dict[str, tuple[Callable[[int, int], int], str]] = {  # and the second operand: a field or rows_reg
     "addi": (operator.add, "imm"), "add": (operator.add, "rows_reg"), "sub": (operator.sub, "rows_reg"),

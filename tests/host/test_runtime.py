@@ -6,7 +6,8 @@ from float_machine import FloatDevice
 from skipopu.golden.random_model import random_model
 from skipopu.golden.reference import ReferenceModel
 from skipopu.host.compiler import compile_model
-from skipopu.host.errors import DeviceError, RequestError
+from skipopu.host.errors import DeviceError, RequestError, RouterError
+from skipopu.host.routes import RandomRoutes, always_executing, routes_from_words, words_of_routes
 from skipopu.host.runtime import Accelerator
 from skipopu.host.sampling import Sampler, Sampling
 from skipopu.hw.config import preset
@@ -137,6 +138,44 @@ def test_a_fault_names_the_instruction_and_reset_recovers(accelerator, device, c
     device.fail = None
     accelerator.reset()
     assert 0 <= accelerator.prefill(PROMPT) < 96
+
+
+def test_forced_routes_reach_the_device_and_come_back(model):
+    routed = compile_model(model, CONFIG, context=16, routers=always_executing(model, "reuse"))
+    force = RandomRoutes(0.5, 1)
+    accelerator = Accelerator(FloatDevice(CONFIG, routed.map.memory * CONFIG.port_bits // 8), routed, force=force)
+    assert accelerator.decisions.shape == (2, 2, 0)
+    accelerator.prefill(PROMPT)
+    accelerator.step(3)
+    np.testing.assert_array_equal(accelerator.decisions, force.bits(2, 0, 7))
+    assert [run.routes.shape[2] for run in accelerator.stats] == [4, 2, 1]
+    accelerator.reset()  # sets the device up again, with forced routes
+    accelerator.prefill(PROMPT[:3])
+    np.testing.assert_array_equal(accelerator.decisions, force.bits(2, 0, 3))
+
+
+def test_routes_in_registers():
+    routes = np.random.default_rng(0).random((5, 2, 32)) < 0.5
+    words = words_of_routes(routes)
+    assert len(words) == 10 and words[3] == sum(1 << t for t in range(32) if routes[1, 1, t])
+    np.testing.assert_array_equal(routes_from_words(words, 32), routes)
+
+
+@pytest.mark.parametrize(("force", "message"), [
+    (RandomRoutes(0.5), "can be forced only on a model that was compiled with routers"),
+    (np.ones((2, 2, 4), bool), "can be forced only")])
+def test_forced_routes_need_a_routed_program(device, compiled, force, message):
+    with pytest.raises(RouterError, match=message):
+        Accelerator(device, compiled, force=force)
+
+
+@pytest.mark.parametrize(("force", "message"), [
+    (np.ones((3, 2, 4), bool), r"must be bool \[2, 2, tokens\], not bool \[3, 2, 4\]"),
+    (np.ones((2, 2, 4), bool), "cover 4 positions, but 6 are needed")])
+def test_forced_routes_that_do_not_fit(model, force, message):
+    routed = compile_model(model, CONFIG, context=16, routers=always_executing(model, "dense"))
+    with pytest.raises(RouterError, match=message):
+        Accelerator(FloatDevice(CONFIG, routed.map.memory * CONFIG.port_bits // 8), routed, force=force).prefill(PROMPT)
 
 
 def test_device_of_another_configuration(compiled):
