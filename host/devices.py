@@ -16,6 +16,7 @@ __all__ = ["DEVICES", "open_device", "register_device"]
 DEVICES = {  # name -> module:class
     "functional": "skipopu.golden.device:FunctionalDevice",
     "rtl": "skipopu.sim.device:RtlDevice",
+    "xrt": "skipopu.host.xrt_device:XrtDevice",
 }
 
 
