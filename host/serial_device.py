@@ -57,14 +57,16 @@ class SerialDevice(Device):
 
     port : name of the serial port, such as /dev/ttyUSB0; without one the only board that is plugged in
     line : an open line instead; its ``timeout`` is what a request waits for a sign of life before it is sent again
-    retries : repetitions of a request; clock_hz : the board's; repeated : requests that had to be sent again
+    retries : repetitions of a request; frame_words : most words of memory in one, fewer suit a noisy line
+    clock_hz : the board's; repeated : requests that had to be sent again
     Raises DeviceError for a port that is absent or busy, a board that does not answer or holds another configuration,
     and if it has less than ``memory_bytes`` behind each port.
     """
 
     def __init__(self, config: OverlayConfig, memory_bytes: int, *, port: str | None = None, line: Line | None = None,
-                 baud: int = 1_000_000, timeout: float = 0.25, retries: int = 8) -> None:
-        self.config, self.retries = config, retries
+                 baud: int = 1_000_000, timeout: float = 0.25, retries: int = 8,
+                 frame_words: int = MAX_WORDS) -> None:
+        self.config, self.retries, self._frame_words = config, retries, frame_words
         self.repeated = 0
         self._name = port or (find_port() if line is None else "the line")
         self._line = line if line is not None else _open(self._name, baud, timeout)
@@ -102,8 +104,8 @@ class SerialDevice(Device):
         self._check(port, address, size)
         begin, end = address & ~3, (address + size + 3) & ~3
         out = np.empty(end - begin, np.uint8)
-        for at in range(begin, end, 4 * MAX_WORDS):
-            words = min(MAX_WORDS, (end - at) // 4)
+        for at in range(begin, end, 4 * self._frame_words):
+            words = min(self._frame_words, (end - at) // 4)
             out[at - begin:at - begin + 4 * words] = self._request(Command.READ_MEMORY, port, at, answer_words=words)
         return out[address - begin:address - begin + size]
 
@@ -115,9 +117,9 @@ class SerialDevice(Device):
             data = np.concatenate([self.read_memory(port, address - head, head), data])
         if tail:
             data = np.concatenate([data, self.read_memory(port, address - head + len(data), tail)])
-        for at in range(0, len(data), 4 * MAX_WORDS):
+        for at in range(0, len(data), 4 * self._frame_words):
             self._request(Command.WRITE_MEMORY, port, address - head + at,
-                          payload=data[at:at + 4 * MAX_WORDS].tobytes())
+                          payload=data[at:at + 4 * self._frame_words].tobytes())
 
     def _check(self, port: int, address: int, size: int) -> None:
         if not 0 <= port < self.config.ports or address < 0 or address + size > self.memory_bytes:
