@@ -16,6 +16,7 @@ from ..console import note, progress, whole_file
 
 __all__ = ["tune"]
 
+_GO_ON = {"ramp": 0.0, "routers_first": 0.0}  # of runs that start from routers which skip already
 EVERY = 25  # steps between two lines where the progress bar cannot be seen
 
 
@@ -31,7 +32,7 @@ def tune(model: Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hu
          lora: Annotated[bool, typer.Option("--lora/--no-lora", help="Train LoRA factors too, or routers only.")]
          = True,
          seed: Annotated[int, typer.Option("--seed", min=0, help="Of the random numbers.")] = 0,
-         router_rate: Annotated[float, typer.Option("--router-rate", help="Learning rate of the routers.")] = 2e-3,
+         router_rate: Annotated[float, typer.Option("--router-rate", help="Learning rate of the routers.")] = 3e-3,
          lora_rate: Annotated[float, typer.Option("--lora-rate", help="Learning rate of the LoRA factors.")] = 2e-3,
          protect: Annotated[float, typer.Option("--protect", help="Modules that cost more than this when left out, in "
                                                                   "nats per token, always execute.")] = 0.6,
@@ -53,7 +54,7 @@ def tune(model: Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hu
     from .checkpoint import restore, save
     from .tuner import Settings, Tuner, measure
     settings = Settings(kv=kv, skip=skip, steps=steps, seed=seed, batch=batch, lora=lora, router_rate=router_rate,
-                        lora_rate=lora_rate, protect=protect)
+                        lora_rate=lora_rate, protect=protect, **({} if start is None else _GO_ON))
     target, checkpoint = Path(output), Path(f"{output}.checkpoint")
     if not target.absolute().parent.is_dir():
         raise RequestError(f"{target}: there is no folder {target.parent} to write it to")

@@ -26,7 +26,8 @@ __all__ = ["FOLDED_PEAK", "FOLDED_SCALE", "LINEAR_PARTS", "NORM_PARTS", "Explora
 NORM_PARTS = ("attn_norm", "mlp_norm")
 LINEAR_PARTS = tuple(part for part in LAYER_TENSORS if "norm" not in part)
 FOLDED_SCALE = 64.0  # folded routers are this much larger, so that few weights fall below float16's normal numbers
-FIRST_PEAK = 4.0  # coordinate that a sequence's first token reaches at most, by features 1000 times their usual size
+FIRST_PEAK = 1.0  # coordinate that a sequence's first token reaches, by features up to 1000 times their usual size
+LEAK = 0.02  # least gradient of a gate by its score: a token far on the wrong side still finds back
 UP_GAIN = GROUP ** -0.5  # of the trained up factors: a sum of 32 features is about so much larger than one
 FOLDED_PEAK = 4096.0  # largest weight of a folded router, far below where float16 ends
 
@@ -117,7 +118,7 @@ class Student(nn.Module):
         if explore.noise:
             uniform = torch.rand(scores.shape, generator=explore.generator).clamp(1e-6, 1 - 1e-6).to(x.device)
             scores = scores + explore.noise * uniform.logit()
-        soft = torch.sigmoid(scores / explore.temperature)
+        soft = torch.sigmoid(scores / explore.temperature) + LEAK * scores
         return torch.where(self.protected[layer], 1.0, (scores >= 0).float() + soft - soft.detach())
 
     def forward(self, tokens: Tensor, explore: Exploration | None = None, *, gates: Tensor | None = None,

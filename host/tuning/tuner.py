@@ -4,7 +4,7 @@ Three stages, one after the other in one run:
 
 1. Routers alone, from biases that make cheap modules (by ablation) the likeliest to be skipped.
 2. Routers and LoRA factors together. Gates are drawn with noise that shrinks; the skip rate that the loss asks for
-   rises linearly until half of all steps.
+   rises linearly until half of all steps (from the start, where a run begins with routers that skip already).
 3. LoRA alone, under the decisions that the machine will take. When it begins, one shift of all scores brings the skip
    rate, measured on training text, to the goal.
 
@@ -54,12 +54,13 @@ class Settings:
     seed: int = 0
     batch: int = 4              # sequences a step
     lora: bool = True           # also change the weights; without, routers only
-    router_rate: float = 2e-3   # learning rates
+    router_rate: float = 3e-3   # learning rates
     lora_rate: float = 2e-3
     sparsity: float = 10.0      # nats per unit of skip rate that is lacking
     protect: float = 0.6        # nats that leaving a module out may cost before it is essential
     routers_first: float = 0.05  # share of the steps in stage 1
     lora_last: float = 0.2      # share of the steps in stage 3
+    ramp: float = 0.5           # share of the steps over which the wanted skip rate rises
 
     def __post_init__(self) -> None:
         check_kv(self.kv)
@@ -71,6 +72,8 @@ class Settings:
         for name in ("router_rate", "lora_rate", "sparsity", "protect"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise RouterError(f"{name} must be a positive number, not {getattr(self, name)}")
+        if not 0 <= self.ramp <= 1:
+            raise RouterError(f"ramp must be a share of the steps, 0..1, not {self.ramp}")
         if min(self.routers_first, self.lora_last) < 0 or self.routers_first + self.lora_last > 1:
             raise RouterError("routers_first and lora_last must be shares of the steps, together at most 1, not "
                               f"{self.routers_first} and {self.lora_last}")
@@ -82,19 +85,24 @@ class Settings:
 
     def wanted(self, step: int) -> float:
         """The skip rate that the loss asks for."""
-        return self.skip * min(1.0, (step + 1) / max(1, self.steps // 2))
+        return self.skip * min(1.0, (step + 1) / max(1, int(self.ramp * self.steps)))
 
-    def rate(self, step: int) -> float:
-        """Learning rate relative to its peak."""
+    @property
+    def lora_at(self) -> int:
+        """The first step of stage 2."""
+        return int(self.routers_first * self.steps)
+
+    def rate(self, step: int, first: int = 0) -> float:
+        """Learning rate relative to its peak, of what learns from step ``first`` on."""
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / self.steps)
-        return min(1.0, (step + 1) / WARM_UP) * (LAST_RATE + (1 - LAST_RATE) * cosine)
+        return max(0.0, min(1.0, (step - first + 1) / WARM_UP)) * (LAST_RATE + (1 - LAST_RATE) * cosine)
 
     def explore(self, step: int, generator: torch.Generator) -> Exploration:
-        """How gates are drawn: temperature 2 to 0.5; noise from 0.5 to 0.1 before the routers freeze, then none."""
+        """How gates are drawn: temperature 2 to 0.5; noise from 0.3 to 0.05 before the routers freeze, then none."""
         part = step / max(1, self.freeze_at)
         if part >= 1:
             return Exploration(temperature=0.5)
-        return Exploration(2.0 - 1.5 * part, max(0.1, 0.5 * (1 - part)), generator)
+        return Exploration(2.0 - 1.5 * part, max(0.05, 0.3 * (1 - part)), generator)
 
 
 @dataclass(frozen=True)
@@ -175,9 +183,11 @@ class Tuner:
         self.costs = np.zeros((model.config.layers, 2))
         self.step = 0
         student, lora = self.student, list(self.student.up.values())
-        self.optimiser = torch.optim.Adam([{"params": [student.weight], "peak": settings.router_rate},
-                                           {"params": [student.bias], "peak": BIAS_RATE * settings.router_rate},
-                                           {"params": lora, "peak": settings.lora_rate}], betas=(0.9, 0.98))
+        self.optimiser = torch.optim.Adam([{"params": [student.weight], "peak": settings.router_rate, "first": 0},
+                                           {"params": [student.bias], "peak": BIAS_RATE * settings.router_rate,
+                                            "first": 0},
+                                           {"params": lora, "peak": settings.lora_rate, "first": settings.lora_at}],
+                                          betas=(0.9, 0.98))
 
     def _some(self, count: int = CALIBRATION) -> Tensor:
         chosen = np.random.default_rng(self.settings.seed).permutation(len(self.sequences))[:count]
@@ -225,7 +235,7 @@ class Tuner:
         kept, log_probs = self.targets(indices)
         tokens = torch.tensor(self.sequences[indices].astype(np.int64), device=student.device)
         routers_learn = self.step < settings.freeze_at
-        lora_learns = self.step >= int(settings.routers_first * settings.steps)
+        lora_learns = self.step >= settings.lora_at
         for group, learns in zip(self.optimiser.param_groups, (routers_learn, routers_learn, lora_learns)):
             for parameter in group["params"]:
                 parameter.requires_grad_(learns)
@@ -241,7 +251,7 @@ class Tuner:
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         for group in self.optimiser.param_groups:
-            group["lr"] = group["peak"] * settings.rate(self.step)
+            group["lr"] = group["peak"] * settings.rate(self.step, group["first"])
             torch.nn.utils.clip_grad_norm_(group["params"], CLIP)
         self.optimiser.step()
         self.step += 1

@@ -110,6 +110,15 @@ def test_a_router_that_skips_hears_what_it_missed():
     assert (student.bias.grad != 0).all()
 
 
+def test_a_token_far_on_the_wrong_side_finds_back():
+    student = make(lora=False)
+    with torch.no_grad():
+        student.weight.zero_()
+        student.bias.fill_(-100)
+    student(TOKENS, Exploration(0.5))[0].square().sum().backward()
+    assert (student.bias.grad != 0).all()
+
+
 def test_noise_draws_gates_in_proportion():
     student = make(lora=False)
     with torch.no_grad():
@@ -151,7 +160,7 @@ def test_the_first_token_has_coordinates_like_the_others():
         student(tokens, inputs=x)
     for layer, rows in enumerate(x):
         seen = (rows - student.mean[layer]).abs() / student.deviation[layer]
-        assert seen[:, 0].max() <= 5  # on average of the sequences 4
+        assert seen[:, 0].max() <= 1.5  # on average of the sequences 1
         assert rows[:, 0].abs().max() > 10 * rows[:, 1:].abs().max() or layer
 
 

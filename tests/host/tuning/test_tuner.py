@@ -171,6 +171,7 @@ def test_routers_to_start_from_are_taken_with_their_factors(tmp_path):
     ({"seed": -1}, r"seed must be 0\.\.2147483648, not -1"),
     ({"lora_rate": math.inf}, "lora_rate must be a positive number, not inf"),
     ({"router_rate": 0.0}, "router_rate must be a positive number, not 0.0"),
+    ({"ramp": 1.5}, r"ramp must be a share of the steps, 0\.\.1, not 1\.5"),
     ({"lora_last": 0.8, "routers_first": 0.3}, "shares of the steps, together at most 1, not 0.3 and 0.8"),
 ])
 def test_impossible_settings_are_refused(changed, message):
