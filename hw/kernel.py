@@ -73,7 +73,7 @@ class Kernel(wiring.Component):
         m.submodules.reset = reset = DomainRenamer("host")(ResetOnRequest())
         wiring.connect(m, wiring.flipped(self.s_axi_control), reset.host)
         wiring.connect(m, reset.registers, overlay.s_axil)
-        m.d.comb += resetting.eq(reset.active)
+        m.d.comb += [resetting.eq(reset.active), reset.hold.eq(ResetSignal("sync"))]
 
         for p in range(config.ports):
             m.submodules[f"crossing{p}"] = crossing = PortCrossing(

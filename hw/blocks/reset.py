@@ -16,7 +16,8 @@ class ResetOnRequest(wiring.Component):
     Members
     -------
     host : In(AXI4-Lite), registers : Out(the same); every access passes, also the one that asks
-    active : Out(1), high for `cycles` once that write has been answered; no access begins meanwhile
+    active : Out(1), high for `cycles` once that write has been answered
+    hold : In(1), the registers are in reset, whose ready signals mean nothing: with either, no access begins
 
     Members pass combinationally. The slave takes one write at a time.
     """
@@ -25,13 +26,13 @@ class ResetOnRequest(wiring.Component):
 
     def __init__(self):
         super().__init__({"host": In(AxiLite(ADDRESS_BITS)), "registers": Out(AxiLite(ADDRESS_BITS)),
-                          "active": Out(1)})
+                          "active": Out(1), "hold": In(1)})
 
     def elaborate(self, platform):
         m = Module()
         host, registers = self.host, self.registers
         wiring.connect(m, wiring.flipped(host), wiring.flipped(registers))
-        with m.If(self.active):
+        with m.If(self.active | self.hold):
             m.d.comb += [getattr(side, f"{channel}{name}").eq(0) for channel in ("aw", "w", "ar")
                          for side, name in ((registers, "valid"), (host, "ready"))]
 

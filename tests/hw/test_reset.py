@@ -1,6 +1,7 @@
 """ResetOnRequest lets accesses pass, and resets for the key in RESET only, after its answer."""
 
-from amaranth.hdl import Module, ResetInserter
+import cocotb
+from amaranth.hdl import Cat, Module, ResetInserter, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from cocotb.triggers import ClockCycles, RisingEdge
@@ -17,13 +18,16 @@ class Registers(wiring.Component):
     """The register file behind the reset, with only its bus outside."""
 
     def __init__(self):
-        super().__init__({"host": In(AxiLite(ADDRESS_BITS)), "active": Out(1)})
+        super().__init__({"host": In(AxiLite(ADDRESS_BITS)), "active": Out(1), "hold": In(1)})
 
     def elaborate(self, platform):
         m = Module()
         m.submodules.reset = reset = ResetOnRequest()
         csr = Csr(config=preset("tiny"))
-        m.submodules.csr = ResetInserter(reset.active)(csr)
+        late = Signal(3)  # as behind the registers of a wide reset
+        m.d.sync += late.eq(Cat(reset.active, late))
+        m.submodules.csr = ResetInserter(late[-1] | self.hold)(csr)
+        m.d.comb += reset.hold.eq(late.any() | self.hold)
         wiring.connect(m, wiring.flipped(self.host), reset.host)
         wiring.connect(m, reset.registers, csr.axil)
         m.d.comb += self.active.eq(reset.active)
@@ -55,6 +59,18 @@ async def a_reset_lasts_long_enough_for_slower_clocks(dut):
     assert cycles == ResetOnRequest.cycles
 
 
+@bench()
+async def accesses_wait_while_the_registers_are_held(dut):
+    bus = open_bus(dut)
+    dut.hold.value = 1
+    write = cocotb.start_soon(bus.write_dword(address("WATCHDOG"), 79))
+    await ClockCycles(dut.clk, 20)
+    assert not write.done()
+    dut.hold.value = 0
+    await write
+    assert await bus.read_dword(address("WATCHDOG")) == 79
+
+
 @bench(write=[("RESET", 0), ("RESET", RESET_KEY ^ 1), ("WATCHDOG", RESET_KEY)])
 async def nothing_else_resets(dut, write):
     register, value = write
@@ -76,4 +92,4 @@ async def half_a_key_does_not_reset(dut, part):
 
 def test_reset_on_request():
     run_bench(Registers(), the_key_resets_the_registers, a_reset_lasts_long_enough_for_slower_clocks,
-              nothing_else_resets, half_a_key_does_not_reset)
+              accesses_wait_while_the_registers_are_held, nothing_else_resets, half_a_key_does_not_reset)
