@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from skipopu.hw.config import PRESETS, preset
 
+from . import board_commands
 from .console import note, print_json, progress, whole_file
 from .tuning.command import tune
 
@@ -30,6 +31,8 @@ app = typer.Typer(name="skipopu", no_args_is_help=True, add_completion=False, pr
                   help="Run language models on an open FPGA overlay processor: on its RTL, its bit-exact model, or "
                        "the float reference.")
 app.command()(tune)
+for _command in (board_commands.export, board_commands.devices, board_commands.selftest):
+    app.command()(_command)
 
 ModelOption = Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hugging Face folder, bundle, or a name "
                                                                 "that `skipopu models` lists.")]
@@ -37,7 +40,8 @@ PromptOption = Annotated[str | None, typer.Option("-p", "--prompt", help="Text t
 TokensOption = Annotated[str | None, typer.Option("--prompt-tokens", metavar="5,17,9",
                                                   help="Token ids to continue, for models without a tokenizer.")]
 ChatOption = Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="Where the model runs: reference, functional or rtl.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where the model runs: reference, functional, rtl or what "
+                                                     "`skipopu devices` lists.")]
 ConfigOption = Annotated[str | None, typer.Option("--config", help=f"Overlay configuration: {', '.join(PRESETS)}. "
                                                                    "Default: sim, or the bundle's own.")]
 ContextOption = Annotated[int | None, typer.Option("--context", help="Positions to provide for. Default: the model's, "

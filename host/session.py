@@ -157,19 +157,19 @@ def open_accelerator(name: str, compiled: Compiled, log: Callable[[str], None] |
     force : takes the place of the routers' decisions
     """
     beat_bytes = compiled.config.port_bits // 8
-    if log is not None and "log" in _options(name):
-        options["log"] = log
+    options = device_options(name, log) | options
     return Accelerator(open_device(name, compiled.config, compiled.map.memory * beat_bytes, **options), compiled,
                        force=force)
 
 
-def _options(name: str) -> set[str]:
-    """Names of the options that a device's constructor takes; none for an unknown device."""
+def device_options(name: str, log: Callable[[str], None] | None) -> dict[str, Any]:
+    """``log`` as an option of the device of that name, if its constructor takes one; nothing for an unknown device."""
     module, _, kind = DEVICES.get(name, "").partition(":")
     try:
-        return set(inspect.signature(getattr(import_module(module), kind)).parameters) if module else set()
+        taken = inspect.signature(getattr(import_module(module), kind)).parameters if module else {}
     except ImportError:
-        return set()
+        taken = {}
+    return {"log": log} if log is not None and "log" in taken else {}
 
 
 class ReferenceGenerator(Generator):
