@@ -110,12 +110,16 @@ class Device(ABC):
 
     def identify(self) -> None:
         """Compare the capability registers with ``config``. Raises DeviceError that names the first difference."""
-        expected = capabilities(self.config)
+        expected, name = capabilities(self.config), "IDENTITY"
+        if (value := read_register(self, name)) != expected[name]:
+            raise DeviceError(f"this is no skipopu overlay: register {name} must read {expected[name]:#x}, not "
+                              f"{value:#x}; load a bitstream of the overlay")
         for name in CAPABILITIES:
-            value = read_register(self, name)
-            if value != expected[name]:
+            if (value := read_register(self, name)) != expected[name]:
+                remedy = ("use the release that it was built from, or build it anew" if name == "VERSION" else
+                          "load the matching bitstream or configuration")
                 raise DeviceError(f"register {name} must read {expected[name]:#x} for configuration "
-                                  f"{self.config.name}, not {value:#x}; load the matching bitstream or configuration")
+                                  f"{self.config.name}, not {value:#x}; {remedy}")
 
     def close(self) -> None:  # noqa: B027 nothing to do for most devices
         """Release the device; it cannot be used afterwards."""

