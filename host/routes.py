@@ -22,6 +22,9 @@ __all__ = ["Force", "RandomRoutes", "always_executing", "check_forced", "forced_
 class RandomRoutes:
     """Route bits drawn at random in place of the routers' decisions; each depends on seed, position and place only.
 
+    Layer 0 computes keys and values in any case, so its attention always executes, and that of the other layers is
+    skipped so much more often that the rate holds for the model.
+
     rate : part of the modules that are skipped, 0..1. Raises RouterError outside of that, or for a negative seed.
     """
 
@@ -37,7 +40,10 @@ class RandomRoutes:
     def bits(self, layers: int, start: int, tokens: int) -> np.ndarray:
         """bool [layers, 2, tokens], true where a module executes, of the positions from ``start`` on."""
         drawn = [np.random.default_rng((self.seed, start + token)).random((layers, 2)) for token in range(tokens)]
-        return np.array(drawn).reshape(tokens, layers, 2).transpose(1, 2, 0) >= self.rate
+        limit = np.full((layers, 2), self.rate)
+        limit[1:, 0] *= layers / max(layers - 1, 1)
+        limit[0, 0] = 0
+        return np.array(drawn).reshape(tokens, layers, 2).transpose(1, 2, 0) >= limit[..., None]
 
 
 Force = RandomRoutes | np.ndarray  #: an array is bool [layers, 2, positions], true to execute

@@ -67,7 +67,7 @@ class OverlayConfig:
             (self.router_rows <= 0x8000, "router_rows must be at most 32768"),
             (self.lanes * self.columns // 2 >= self.superbeat_bytes, "a tile must hold at least one superbeat"),
             (self.superbeat_bytes >= 4 * self.vector_lanes, "a superbeat must hold at least one vector row"),
-            (self.lanes >= 8, "lanes must be at least 8"),
+            (self.lanes >= 4, "lanes must be at least 4"),
             (self.burst_beats <= 256, "an AXI4 burst is at most 256 beats"),
             (self.burst_beats * self.port_bits // 8 <= 4096, "a burst must fit in 4 KiB"),
             (self.fifo_beats >= 2 * self.burst_beats, "fifo_beats must hold two bursts"),
@@ -137,14 +137,20 @@ PRESETS = {
             cache_words=64,
         ),
         OverlayConfig(
+            name="ulx3s", lanes=4, columns=8, ports=2, port_bits=64, vector_lanes=2, tokens=2, acc_rows=8,
+            abuf_rows=1024, mbuf_rows=512, kvbuf_heads=32, router_rows=256, history_tokens=256,
+            kvout_rows=256, state_rows=32, fifo_beats=32, burst_beats=16, outstanding=4, queue_depth=4,
+            cache_words=64, dsp="mult18x18d",
+        ),
+        OverlayConfig(
             name="sim", lanes=32, columns=64, ports=8, port_bits=512, vector_lanes=16, tokens=16, acc_rows=64,
             abuf_rows=8192, mbuf_rows=4096, kvbuf_heads=16, router_rows=256, history_tokens=2048,
-            kvout_rows=512, state_rows=512, fifo_beats=256, burst_beats=16, outstanding=16,
+            kvout_rows=512, state_rows=512, fifo_beats=512, burst_beats=16, outstanding=16,
         ),
         OverlayConfig(
             name="u280", lanes=64, columns=128, ports=32, port_bits=512, vector_lanes=32, tokens=32, acc_rows=128,
             abuf_rows=16384, mbuf_rows=16384, kvbuf_heads=64, router_rows=1024, history_tokens=8192,
-            kvout_rows=16384, state_rows=1024, fifo_beats=128, burst_beats=16, outstanding=32, cache_words=512,
+            kvout_rows=16384, state_rows=1024, fifo_beats=512, burst_beats=16, outstanding=32, cache_words=512,
             dsp="dsp48e2",
         ),
     ]

@@ -130,7 +130,10 @@ def test_random_routes_depend_on_the_position_alone():
     assert np.array_equal(whole[:, :, 100:], RandomRoutes(0.25, 3).bits(8, 100, 300))
     assert abs(whole.mean() - 0.75) < 0.02
     assert not np.array_equal(whole, RandomRoutes(0.25, 4).bits(8, 0, 400))
-    assert RandomRoutes(0.0).bits(4, 0, 50).all() and not RandomRoutes(1.0).bits(4, 0, 50).any()
+    assert RandomRoutes(0.0).bits(4, 0, 50).all()
+    everything = RandomRoutes(1.0).bits(4, 0, 50)  # but the attention of layer 0
+    assert everything[0, 0].all() and not everything[0, 1].any() and not everything[1:].any()
+    assert whole[0, 0].all() and whole[:, 0].mean() == pytest.approx(0.75, abs=0.02)
 
 
 def test_a_batch_is_its_sequences():

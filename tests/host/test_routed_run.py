@@ -99,8 +99,9 @@ def test_weights_of_skipped_modules_are_not_read():
     keys = sum(streams[f"layers.{layer}.{part}"] for layer in range(6) for part in "kv")
     linear = sum(size for name, size in streams.items() if name.rpartition(".")[2] in
                  ("q", "k", "v", "o", "gate_up", "down"))
-    assert (everything["weights_read"], nothing["weights_read"]) == (24 * linear, 24 * keys)
-    assert everything["dropped"] < nothing["dropped"] and nothing["kv_read"] == 0
+    first = streams["layers.0.q"] + streams["layers.0.o"]  # its attention is not skipped at random
+    assert (everything["weights_read"], nothing["weights_read"]) == (24 * linear, 24 * (keys + first))
+    assert everything["dropped"] < nothing["dropped"] and nothing["kv_read"] < everything["kv_read"]
     some, skipping = counters("reuse", 0.25)
     ran = skipping.decisions
     part = {module: [sum(streams[f"layers.{layer}.{name}"] for name in names) for layer in range(6)]
