@@ -1,5 +1,5 @@
-"""What skipping saves on the RTL: decode in proportion to the bytes skipped, attention in a prompt step by step; and the
-cost of reductions.
+"""What skipping saves on the RTL: decode in proportion to the bytes skipped, attention in a prompt step by step.
+Also what the reductions cost.
 
 Routes are forced, so that every variant skips the same modules. Decode has layers of SmolLM2's shapes; the prompt also
 has a model with as many KV heads as query heads, like the paper's Llama-2. Exits with 1 if a target is missed.
