@@ -14,6 +14,7 @@ import typer
 from skipopu.hw.config import PRESETS, preset
 
 from . import board_commands
+from .bitstream_command import bitstream
 from .console import note, print_json, progress, whole_file
 from .tuning.command import tune
 
@@ -31,7 +32,7 @@ app = typer.Typer(name="skipopu", no_args_is_help=True, add_completion=False, pr
                   help="Run language models on an open FPGA overlay processor: on its RTL, its bit-exact model, or "
                        "the float reference.")
 app.command()(tune)
-for _command in (board_commands.export, board_commands.devices, board_commands.selftest):
+for _command in (board_commands.export, board_commands.devices, board_commands.selftest, bitstream):
     app.command()(_command)
 
 ModelOption = Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hugging Face folder, bundle, or a name "

@@ -17,6 +17,7 @@ DEVICES = {  # name -> module:class
     "functional": "skipopu.golden.device:FunctionalDevice",
     "rtl": "skipopu.sim.device:RtlDevice",
     "xrt": "skipopu.host.xrt_device:XrtDevice",
+    "serial": "skipopu.host.serial_device:SerialDevice",
 }
 
 

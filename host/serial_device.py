@@ -8,6 +8,7 @@ number, command and address. So noise costs time, and never changes what is read
 from __future__ import annotations
 
 import errno
+import os
 import secrets
 import time
 from typing import Any, Protocol
@@ -198,19 +199,25 @@ class SerialDevice(Device):
 
 
 def find_port() -> str:
-    """Name of the serial port of the only board that is plugged in. Raises DeviceError for none or several."""
-    from importlib import import_module
+    """What ``SKIPOPU_SERIAL_PORT`` names, or the serial port of the only board that is plugged in.
+
+    Raises DeviceError for none or several.
+    """
+    if chosen := os.environ.get("SKIPOPU_SERIAL_PORT"):
+        return chosen
     try:
-        ports = import_module("serial.tools.list_ports").comports()
+        from serial.tools.list_ports import comports
     except ImportError:
         raise DeviceError(_NO_PYSERIAL) from None
+    ports = comports()
     found = [item.device for item in ports if (item.vid, item.pid) in _USB_IDS]
     if len(found) == 1:
         return found[0]
     if found:
-        raise DeviceError(f"several boards are plugged in, name the port of one: {', '.join(found)}")
+        raise DeviceError(f"several boards are plugged in; set SKIPOPU_SERIAL_PORT to one of: {', '.join(found)}")
     others = ", ".join(item.device for item in ports) or "none"
-    raise DeviceError(f"no board was found on a serial port; plug it in, or name its port (ports: {others})")
+    raise DeviceError("no board was found on a serial port; plug it in, or set SKIPOPU_SERIAL_PORT to its port (there "
+                      f"are: {others})")
 
 
 _NO_PYSERIAL = "a serial port needs the package pyserial: pip install pyserial"
@@ -228,7 +235,7 @@ def _open(name: str, baud: int, timeout: float) -> Line:
     except OSError as error:
         number = error.errno or getattr(error.__context__, "errno", None)
         if number == errno.ENOENT:
-            raise DeviceError(f"serial port {name} does not exist; plug the board in, or name another port") from None
+            raise DeviceError(f"serial port {name} does not exist; plug the board in") from None
         if number in (errno.EBUSY, errno.EAGAIN):
             raise DeviceError(f"serial port {name} is in use by another program; close it first") from None
         if number == errno.EACCES:

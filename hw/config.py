@@ -137,12 +137,6 @@ PRESETS = {
             cache_words=64,
         ),
         OverlayConfig(
-            name="ulx3s", lanes=4, columns=8, ports=2, port_bits=64, vector_lanes=2, tokens=2, acc_rows=8,
-            abuf_rows=1024, mbuf_rows=512, kvbuf_heads=32, router_rows=256, history_tokens=256,
-            kvout_rows=256, state_rows=32, fifo_beats=32, burst_beats=16, outstanding=4, queue_depth=4,
-            cache_words=64, dsp="mult18x18d",
-        ),
-        OverlayConfig(
             name="sim", lanes=32, columns=64, ports=8, port_bits=512, vector_lanes=16, tokens=16, acc_rows=64,
             abuf_rows=8192, mbuf_rows=4096, kvbuf_heads=16, router_rows=256, history_tokens=2048,
             kvout_rows=512, state_rows=512, fifo_beats=512, burst_beats=16, outstanding=16,
@@ -152,6 +146,12 @@ PRESETS = {
             abuf_rows=16384, mbuf_rows=16384, kvbuf_heads=64, router_rows=1024, history_tokens=8192,
             kvout_rows=16384, state_rows=1024, fifo_beats=512, burst_beats=16, outstanding=32, cache_words=512,
             dsp="dsp48e2",
+        ),
+        OverlayConfig(
+            name="ulx3s", lanes=4, columns=8, ports=2, port_bits=64, vector_lanes=2, tokens=2, acc_rows=8,
+            abuf_rows=1024, mbuf_rows=512, kvbuf_heads=32, router_rows=256, history_tokens=256,
+            kvout_rows=256, state_rows=32, fifo_beats=32, burst_beats=16, outstanding=4, queue_depth=4,
+            cache_words=64, dsp="mult18x18d",
         ),
     ]
 }

@@ -115,4 +115,5 @@ class FrameDecoder:
         if not sound or at < HEADER_BYTES or zlib.crc32(body[:at]).to_bytes(CRC_BYTES, "little") != body[at:]:
             self.damaged += 1
             return None
-        return Frame(*_HEADER.unpack(body[:HEADER_BYTES]), body[HEADER_BYTES:at])
+        sequence, command, code, words, address = _HEADER.unpack(body[:HEADER_BYTES])
+        return Frame(sequence, command, code, words, address, body[HEADER_BYTES:at])
