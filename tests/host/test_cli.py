@@ -434,7 +434,7 @@ def test_model_too_large_for_the_configuration(call, tmp_path):
     (("--prompt-tokens", "1", "-n", 0), "count must be at least 1, not 0"),
     (("--prompt-tokens", "1", "--temp", -1), "temperature must be above 0, not -1.0"),
     (("--prompt-tokens", "1", "--top-p", 2), "top_p must be above 0 and at most 1"),
-    (("--prompt-tokens", "1", "--device", "rlt"), "unknown device 'rlt', did you mean 'rtl'"),
+    (("--prompt-tokens", "1", "--device", "rtll"), "unknown device 'rtll', did you mean 'rtl'"),
 ])
 @pytest.mark.parametrize("device", ["functional", "reference"])
 def test_bad_requests(call, model, arguments, message, device):
