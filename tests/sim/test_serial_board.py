@@ -15,8 +15,8 @@ from skipopu.hw.config import preset
 from skipopu.hw.registers import FaultCause
 from skipopu.sim.serial_line import NoisyLine, SimulatedBoard
 
-CONFIG = preset("tiny")
-MEMORY = 1 << 16
+CONFIG = preset("ulx3s")  # that of the ULX3S
+MEMORY = 1 << 17
 MODEL = random_model(5, layers=1, hidden=32, heads=2, kv_heads=1, head_dim=16, mlp=32, vocab=40)
 COMPILED = compile_model(MODEL, CONFIG, 32)
 PROMPT = np.random.default_rng(5).integers(0, 40, 6).tolist()
