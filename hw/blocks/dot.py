@@ -104,7 +104,7 @@ class DotPair(wiring.Component):
             return (a + b)[:DOT_BITS]
 
         for column in range(2):
-            dot = Signal(signed(DOT_BITS), name=f"dot{column}", reset_less=True)
+            dot = Signal(signed(DOT_BITS), name=f"total{column}", reset_less=True)
             products = [(a * b)[:DOT_BITS] for a, b in zip(self.mantissa, self.word[column])]
             with m.If(self.en):
                 m.d.sync += dot.eq(tree(products, add) + self.bias)

@@ -1,0 +1,47 @@
+"""The PE array of the largest configuration becomes Verilog in a bounded time, and Verilator has nothing against it."""
+
+import dataclasses
+import os
+import re
+
+import pytest
+from skipopu.hw.blocks.array import PeArray
+from skipopu.hw.config import DSPS, preset
+from skipopu.hw.verilog import to_verilog
+from skipopu.sim.toolchain import find_toolchain
+
+LIMIT = 60  # seconds of processor time
+WAIVED = [  # all from the way Yosys writes Verilog, none about the design
+    "DECLFILENAME",  # several modules in one file
+    "UNUSEDSIGNAL",  # whole signals are declared where some bits are used; resets that nothing needs
+    "WIDTHEXPAND",  # operands get the width of the result by the language's own rule
+    "PROCASSINIT",  # registers have initial values
+    "UNOPTFLAT",  # bits that repeat a sign are assigned from another bit of their signal: no loop, only slower
+]
+
+
+def lint(folder, text, top):
+    """Raises ToolError with the first complaint."""
+    tools = find_toolchain(need=())
+    (folder / "array.v").write_text(text)
+    tools.run([str(tools.verilator), "--lint-only", "-Wall", *(f"-Wno-{name}" for name in WAIVED), "--top-module", top,
+               "array.v"], cwd=folder)
+
+
+def test_largest_array(tmp_path):
+    """Linted is the pair of columns, of which all others are instances; its surroundings are those of a small array."""
+    config = preset("u280")
+    begin = sum(os.times()[:4])
+    text = to_verilog(PeArray(config=config), name="pe_array", flatten=False)
+    seconds = sum(os.times()[:4]) - begin
+    print(f"{config.lanes} x {config.columns}: {seconds:.1f} s, {len(text) / 1e6:.1f} MB")
+    assert seconds < LIMIT
+    assert len(re.findall(r"^  column_pair ", text, re.M)) == config.columns // 2
+    assert len(re.findall(r"^module column_pair\b(?!\.)", text, re.M)) == 1
+    lint(tmp_path, text, "column_pair")
+
+
+@pytest.mark.parametrize("dsp", DSPS)
+def test_small_array(dsp, tmp_path):
+    config = dataclasses.replace(preset("tiny"), dsp=dsp)
+    lint(tmp_path, to_verilog(PeArray(config=config), name="pe_array", flatten=False), "pe_array")
