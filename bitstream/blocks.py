@@ -13,17 +13,16 @@ from skipopu.hw.blocks.align import BlockAlign
 from skipopu.hw.blocks.array import ColumnPair
 from skipopu.hw.blocks.compute import ComputeUnit
 from skipopu.hw.blocks.control import Control
-from skipopu.hw.blocks.fp import FromInt
 from skipopu.hw.blocks.kvbuf import KvBuffer, KvLargest, KvShift
 from skipopu.hw.blocks.load import LoadUnit
 from skipopu.hw.blocks.mbuf import MantissaBuffer
 from skipopu.hw.blocks.store import StoreUnit
 from skipopu.hw.blocks.vector import VectorUnit
 from skipopu.hw.config import OverlayConfig
-from skipopu.hw.formats import ACC_BITS
 from skipopu.hw.top import Overlay
 
 from .baseline import HalfDot
+from .pe_unit import PeUnit
 from .synth import SynthesisError
 
 __all__ = ["BLOCKS", "Block", "Part", "block"]
@@ -69,8 +68,8 @@ def _alignment(config, share):
 
 
 def _unit(config, target):
-    return [Part(1, "two columns", lambda: ColumnPair(config=_for(config, target))),
-            Part(2, "reconstruction", lambda: FromInt(ACC_BITS)),
+    dsp = _for(config, target).dsp
+    return [Part(1, "two dot products", lambda: PeUnit(lanes=config.lanes, block=config.block, dsp=dsp)),
             *_alignment(config, config.columns // 2)]
 
 

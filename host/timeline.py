@@ -108,7 +108,7 @@ def exposed(program: Program, run: Sequence[Span], events: np.ndarray) -> dict[s
     Returns mnemonic -> cycles, with "" where it did nothing either.
     """
     first, last = int(events["cycle"][0]), int(events["cycle"][-1])
-    still = np.repeat(events["memory"][:-1] == 0, np.diff(events["cycle"].astype(np.int64)))
+    still = np.repeat(events["memory"][:-1] == 0, np.diff(np.asarray(events["cycle"], np.int64)).astype(int))
     alone = still & ~covered([(span.start, span.done) for span in run if span.unit == Unit.COMPUTE], first, last)
     found = {}
     for mnemonic in sorted({decode(program.words[span.pc])[0].mnemonic for span in run if span.unit == Unit.VECTOR}):
