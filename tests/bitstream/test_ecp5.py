@@ -79,7 +79,13 @@ def test_a_missing_tool_says_what_to_install(tmp_path, monkeypatch):
         build(design(), CONSTRAINTS, PART, 25, tmp_path, name="products")
 
 
-def test_narrow_multipliers_are_found():
-    text = design()
-    assert len(soft_multipliers(text, 99)) == 2 and len(soft_multipliers(text, 8)) == 1
-    assert soft_multipliers(text, 2) == []
+def multiplier(name, a, b):
+    return f"  cell $mul ${name}\n    parameter \\A_WIDTH {a}\n    parameter \\B_WIDTH {b}\n  end\n"
+
+
+@pytest.mark.parametrize("available, soft", [(99, ["$n"]), (6, ["$n"]), (5, ["$n", "$a"]), (4, ["$n", "$a", "$b"]),
+                                             (2, ["$n", "$a", "$b", "$c"]), (0, ["$n", "$a", "$b", "$c", "$d"])])
+def test_the_smallest_multipliers_make_room(available, soft):
+    sizes = {"d": (24, 19), "c": (20, 18), "b": (13, 18), "a": (16, 12), "n": (2, 30)}  # 2, 2, 1, 1 blocks, and narrow
+    text = "".join(multiplier(name, *widths) for name, widths in sizes.items())
+    assert soft_multipliers(text, available) == soft

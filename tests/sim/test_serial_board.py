@@ -37,8 +37,7 @@ def expected():
     return list(accelerator.generate(PROMPT, COUNT)), accelerator
 
 
-@pytest.mark.parametrize("drop, corrupt, seed", [(0, 0, 1), (1e-3, 0, 2), (0, 1e-3, 3), (1e-3, 1e-3, 4)],
-                         ids=["clean", "dropped", "corrupted", "both"])
+@pytest.mark.parametrize("drop, corrupt, seed", [(0, 0, 1), (1e-3, 1e-3, 4)], ids=["clean", "noisy"])
 def test_tokens_equal_the_functional_level_on_any_line(board, drop, corrupt, seed):
     line = NoisyLine(board, drop=drop, corrupt=corrupt, seed=seed)
     board.timeout = SHORT
