@@ -303,8 +303,8 @@ class FunctionalMachine(MachineState):
             self._range(values["imm"], config.tile_tokens // config.ports * record)
             return values["imm"]
         tokens = np.arange(config.tile_tokens)
-        if first < 0:
-            raise ProgramError(f"loadkv: position must not be negative, but is {first}")
+        if first < 0 or first % config.ports:
+            raise ProgramError(f"loadkv: position must be a multiple of {config.ports} ports, not {first}")
         if first + len(tokens) > config.history_tokens:
             self._fail(FaultCause.BUFFER_RANGE, f"history of positions {first}..{first + len(tokens) - 1}, "
                                                 f"{config.history_tokens} are remembered")
