@@ -9,18 +9,11 @@ from amaranth.lib.wiring import In, Out
 
 from ..formats import MANTISSA_BITS
 from .fp import delay, fields_model, wire
+from .trees import tree
 
 __all__ = ["BlockAlign"]
 
 _FIRST_GROUP = 8  # elements whose largest exponent, and whose sum, is formed in one stage
-
-
-def _tree(values, combine):
-    """``combine`` over a list, pairwise, as a balanced tree."""
-    while len(values) > 1:
-        values = [combine(*pair) if len(pair) == 2 else pair[0]
-                  for pair in (values[i:i + 2] for i in range(0, len(values), 2))]
-    return values[0]
 
 
 class BlockAlign(wiring.Component):
@@ -65,14 +58,14 @@ class BlockAlign(wiring.Component):
             return delay(m, value, [en[stage]], name)
 
         def groups(values, stage, combine, name):
-            return [register(stage, _tree(values[i:i + _FIRST_GROUP], combine), f"{name}_{i}")
+            return [register(stage, tree(values[i:i + _FIRST_GROUP], combine), f"{name}_{i}")
                     for i in range(0, block, _FIRST_GROUP)]
 
         # 1, 2: the largest exponent. Sign and the upper 16 bits of the significand are all that later stages need.
         def larger(x, y):
             return wire(m, Mux(x > y, x, y), "larger")
 
-        top = register(1, _tree(groups([a[23:31] for a in self.a], 0, larger, "largest"), larger), "top")
+        top = register(1, tree(groups([a[23:31] for a in self.a], 0, larger, "largest"), larger), "top")
         held = [delay(m, Cat(a[8:23], a[23:32]), en[:2], f"held_{k}") for k, a in enumerate(self.a)]
 
         # 3: shift to the block's exponent, with one bit below the mantissa
@@ -94,7 +87,7 @@ class BlockAlign(wiring.Component):
             mantissas.append(register(3, Mux(sign, -magnitude, magnitude)[:MANTISSA_BITS], f"mantissa_{k}").as_signed())
 
         # 5, 6: the sum
-        total = _tree([x.as_signed() for x in groups(mantissas, 4, operator.add, "sum")], operator.add)
+        total = tree([x.as_signed() for x in groups(mantissas, 4, operator.add, "sum")], operator.add)
         m.d.comb += [
             self.s.eq(register(5, total, "total").as_signed()),
             self.e.eq(delay(m, (top - 127)[:9], en[2:], "exponent").as_signed()),

@@ -14,6 +14,7 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from ..formats import KV_BITS
+from .trees import tree
 
 __all__ = ["KvBuffer", "KvLargest", "KvRequest", "KvShift", "KvTile", "KvWrite"]
 
@@ -61,7 +62,7 @@ class KvLargest(wiring.Component):
             groups = [level[i:i + 4] for i in range(0, len(level), 4)]
             level = [Signal(_ES, name=f"largest{len(groups)}_{i}") for i in range(len(groups))]
             with m.If(enable):
-                m.d.sync += [out.eq(_maximum(group)) for group, out in zip(groups, level)]
+                m.d.sync += [out.eq(tree(group, _larger)) for group, out in zip(groups, level)]
         m.d.comb += self.o.eq(level[0])
         return m
 
@@ -220,7 +221,7 @@ class KvBuffer(wiring.Component):
             valid, at = stage_valid, stage_at
         m.d.comb += [largest.en.eq(Cat(*enables)) for largest in levels]
         running = [Signal(_ES, name=f"exponent{p}") for p in range(config.ports)]
-        largest = [_maximum([level.o, Mux(at.first, 1, before)]) for level, before in zip(levels, running)]
+        largest = [_larger(level.o, Mux(at.first, 1, before)) for level, before in zip(levels, running)]
         with m.If(valid):
             m.d.sync += [before.eq(value) for before, value in zip(running, largest)]
             with m.If(at.last):
@@ -301,7 +302,5 @@ class KvBuffer(wiring.Component):
         return m
 
 
-def _maximum(values):
-    while len(values) > 1:
-        values = [Mux(a > b, a, b) for a, b in zip(values[::2], values[1::2])] + values[len(values) & ~1:]
-    return values[0]
+def _larger(a, b):
+    return Mux(a > b, a, b)

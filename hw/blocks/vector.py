@@ -40,6 +40,7 @@ from .functions import Exp2, Recip, Rsqrt, Sigmoid
 from .half import ToFixed, ToHalf
 from .mbuf import AlignedRow
 from .scores import RouterScores
+from .trees import tree_sum
 from .walker import LoopWalker, Nest
 
 __all__ = ["VectorUnit"]
@@ -316,7 +317,7 @@ class VectorUnit(wiring.Component):
         walk_sum = walker("sum", valid[16] & norms)
         beat_sum = Signal(SUM_BITS)
         with m.If(valid[15] & norms):
-            m.d.sync += beat_sum.eq(_tree([unit.o for unit in terms]))
+            m.d.sync += beat_sum.eq(tree_sum([unit.o for unit in terms]))
         sum_value, sum_wide = Signal(SUM_BITS), Signal(SUM_BITS + 1)
         top = (1 << (SUM_BITS - 1)) - 1
         m.d.comb += [
@@ -328,7 +329,7 @@ class VectorUnit(wiring.Component):
         walk_total = walker("total", valid[20] & op["vprob"])
         prob_sum = Signal(PROB_FRACTION + 1 + lanes.bit_length())
         with m.If(valid[19] & op["vprob"]):
-            m.d.sync += prob_sum.eq(_tree([unit.o for unit in prob_terms]))
+            m.d.sync += prob_sum.eq(tree_sum([unit.o for unit in prob_terms]))
         alpha_total = alpha.read_port(domain="comb")
         total_value, carried = Signal(STATE_BITS), Signal(STATE_BITS)
         state = walk_total.state
@@ -588,12 +589,6 @@ class VectorUnit(wiring.Component):
         m.d.comb += tail_busy.eq(
             Cat(*aligning).any() | Cat(*paired[1:]).any() | kv_valid | logits7 | logits8 | Cat(*minus_valid).any())
         return m
-
-
-def _tree(values):
-    while len(values) > 1:
-        values = [values[i] + values[i + 1] if i + 1 < len(values) else values[i] for i in range(0, len(values), 2)]
-    return values[0]
 
 
 def _key(bits):
