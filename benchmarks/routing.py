@@ -38,6 +38,8 @@ class Result:
     read: int = 0
     kv_written: int = 0
     exposed: int = 0
+    skipped: int = 0  # attention blocks, of ``asked``
+    asked: int = 0
 
 
 def arguments() -> argparse.Namespace:
@@ -60,6 +62,9 @@ def recorded(accelerator: Accelerator, result: Result, tokens: list[int], rows: 
     events = sim.events()
     counters, program = accelerator.stats[-1].counters, accelerator.compiled.program
     run = spans(program, events)
+    if (routes := accelerator.stats[-1].routes) is not None:
+        result.skipped += int((~routes[:, 0]).sum())
+        result.asked += routes[:, 0].size
     result.cycles += counters["cycles"]
     result.read += counters["bytes_read"] // accelerator.config.superbeat_bytes
     result.kv_written += counters["kv_written"]
@@ -102,7 +107,6 @@ def decode(model: Model, config: OverlayConfig, args: argparse.Namespace) -> lis
             Row(f"{kv}: share of the ideal saving", saved / ideal, "simulated", "{:.1%}", at_least(0.95, "{:.0%}")),
             Row(f"{kv}: reductions that nothing hides", got.exposed / got.cycles, "simulated", "{:.2%}",
                 at_most(0.02, "{:.0%}")),
-            Row(f"{kv}: KV bytes saved", 1 - got.kv_written / dense.kv_written, "counted", "{:.1%}"),
         ]
     return rows
 
@@ -115,11 +119,14 @@ def prompt(model: Model, config: OverlayConfig, args: argparse.Namespace, like_p
                             ("skip, reuse, fused", "reuse", True)):
         got = measure(model, config, args, kv, fused, prompt=args.prompt)
         paper = PAPER[name.rpartition(" ")[2]]
+        if name == "skip, reuse":
+            rates = [Row("skip, reuse: attention skipped", got.skipped / got.asked, "counted", "{:.2%}"),
+                     Row("skip, reuse: KV bytes saved", 1 - got.kv_written / base.kv_written, "counted", "{:.2%}")]
         rows += [Row(f"{name}: cycles of attention", got.attention, "simulated"),
                  Row(f"{name}: speed-up (paper {paper:.2f})", base.attention / got.attention, "simulated", "{:.2f}",
                      at_least(paper, "{:.2f}") if like_paper else None)]
     plain = measure(model, config, args, prompt=args.prompt)
-    return [*rows, Row("dense, fused: speed-up", base.attention / plain.attention, "simulated", "{:.2f}")]
+    return [*rows, *rates, Row("dense, fused: speed-up", base.attention / plain.attention, "simulated", "{:.2f}")]
 
 
 def main() -> int:
