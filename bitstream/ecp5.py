@@ -26,9 +26,9 @@ _RESOURCES = {"TRELLIS_COMB": "LUT4", "TRELLIS_FF": "FF", "MULT18X18D": "MULT18X
 _MULTIPLIER_BITS = 18
 _MULTIPLIER_SHARE = 0.95  #: of the multipliers; the last ones would lie far from where they are needed
 _NARROW = 8  #: bits of an operand
-_PHASE = re.compile(r"^Info: (Packing|Promoting|Placed \d+ cells|Running (?:\w+ placer|simulated annealing)|Creating "
+_PHASE = re.compile(r"^Info:\s+(Packing|Promoting|Placed \d+ cells|Running (?:\w+ placer|simulated annealing)|Creating "
                     r"initial analytic placement|at initial placer iter \d+|at iteration #\d+|Routing|Running router\d|"
-                    r"Max frequency|\s*\d+000 \|)")
+                    r"Max frequency|\d+000 \|)")
 
 
 class TimingError(ValueError):
@@ -175,7 +175,7 @@ def _run(command, log_path, program, say):
     """
     errors, last = [], "no output"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          errors="replace", cwd=log_path.parent) as process, log_path.open("w") as log:
+                          errors="replace", cwd=log_path.parent) as process, log_path.open("w", buffering=1) as log:
         for line in process.stdout:
             log.write(line)
             text = line.strip()
@@ -183,7 +183,7 @@ def _run(command, log_path, program, say):
             if text.startswith("ERROR:"):
                 errors.append(text)
             elif _PHASE.match(line):
-                say(f"{program}: {text.removeprefix('Info: ')[:90]}")
+                say(f"{program}: {text.removeprefix('Info:').strip()[:90]}")
     if process.returncode:
         raise ToolError(f"{program} failed (exit status {process.returncode}): {(errors or [last])[0]}")
 
