@@ -67,7 +67,7 @@ def lines(unit, array, rival):
     yield Line("FP16 x FP16 products per DSP and cycle", per_dsp, rival["products_per_cycle"] / rival["dsps"], "{:g}",
                "2", 2, 2, more, "counted")
     yield Line("INT4 x FP16 products per DSP and cycle", per_dsp, None, "{:g}", "2", 2, 3, more, "counted")
-    yield Line("packing error", 0, None, "{:g}", "not zero", 0, 0, less, "proven (tests/hw/test_packing_proof.py)")
+    yield Line("packing error", 0, None, "{:g}", "not zero", 0, 0, less, "proven (tests/hw/test_dot_proof.py)")
     yield Line("error of a dot product of 64, mean relative", unit["error_mean_relative"],
                unit["baseline_error_mean_relative"], "{:.4%}", "0.116%", 0.0005, 0.0001, less, "measured")
     yield Line("  the same with FP16 adders in a cascade", unit["error_mean_relative"],

@@ -19,9 +19,9 @@ from amaranth.hdl import Cat, Module, Mux, Signal, signed
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from common import Row, machine, show
+from common.code_lanes import CodeLanes
 from skipopu.bitstream.synth import TARGETS, SynthesisError, resources, synthesise, target
 from skipopu.hw.blocks.dsp import SUBTRACT, W_C, XY_M, Z_ZERO, Dsp48e2
-from skipopu.hw.blocks.packing import CodeLanes
 from skipopu.hw.formats import CODE_BITS, MANTISSA_BITS
 from skipopu.hw.verilog import YosysError
 

@@ -1,7 +1,5 @@
-"""Two exact products per DSP slice: 4-bit weight codes, and 12-bit keys and values.
+"""Two 4-bit codes per DSP slice and nothing else: what three per slice is measured against.
 
-Weight codes
-------------
 One 16-bit mantissa m meets two 4-bit codes c0, c1 in one multiplication, and the slices of a cascade add:
 
     A + D = c0 + c1 * 2^22            26      22 21                   4 3       0
@@ -11,34 +9,17 @@ One 16-bit mantissa m meets two 4-bit codes c0, c1 in one multiplication, and th
 
 s0 = sum m * c0 fits 22 bits signed while lanes * 2^18 < 2^21, so its field is s0 itself; a negative s0 borrows one from
 the field above, which bit 21 gives back. No operand is excluded.
-
-Keys and values
----------------
-A 12-bit q meets two mantissas k0, k1. The products overlap; the low 8 bits of q * k1, made in fabric, leave by C:
-
-    A + D = k0 + k1 * 2^15            26            15 14              0
-    q * (A + D)                       37      [       q * k1       ]15
-                                                    22 [     q * k0     ] 0
-    P = q * (A + D) - low * 2^15      37      23 22                    0
-      = q * k0 + h * 2^23             [ h - (q*k0 < 0) ][ q*k0 mod 2^23 ]     q * k1 = h * 2^8 + low, 0 <= low < 2^8
-
-Exact for q = -2048..2047, k = -2047..2047: all that alignment makes (magnitude and sign, `docs/numerics.md`):
-with k1 = -2048 the pre-adder could wrap. The slice subtracts (C + M) from zero, so its multiplier takes -q.
 """
 
-from amaranth.hdl import Cat, Module, Signal, signed
+from amaranth.hdl import Module, Signal, signed
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
+from skipopu.hw.blocks.dsp import XY_M, Z_PCIN, Z_ZERO, Dsp48e2
+from skipopu.hw.formats import CODE_BITS, MANTISSA_BITS
 
-from ..formats import CODE_BITS, KV_BITS, MANTISSA_BITS
-from .dsp import SUBTRACT, W_C, XY_M, Z_PCIN, Z_ZERO, Dsp48e2
-
-__all__ = ["FIELD_BITS", "CodeLanes", "CodeUnpack", "KvPair", "KvUnpack"]
+__all__ = ["FIELD_BITS", "CodeLanes", "CodeUnpack"]
 
 FIELD_BITS = 22  #: distance of the two fields of codes
-_KV_SHIFT = 15  # distance of the two mantissas: 12 + 15 bits fill the pre-adder
-_KV_PRODUCT = 2 * KV_BITS - 1
-_KV_LOW = _KV_PRODUCT - _KV_SHIFT
 
 
 class CodeUnpack(wiring.Component):
@@ -108,61 +89,4 @@ class CodeLanes(wiring.Component):
                 m.d.comb += dsp.pcin.eq(self._slices[lane - 1].pcout)
         m.d.comb += [unpack.p.eq(self._slices[-1].p)]
         m.d.comb += [self.dot[column].eq(unpack.dot[column]) for column in range(2)]
-        return m
-
-
-class KvUnpack(wiring.Component):
-    """The two products in ``p`` (combinational).
-
-    Members
-    -------
-    p : signed(48), q * k0 + h * 2^23; low : unsigned(8), with q * k1 = h * 2^8 + low
-    product : signed(23), q * k0 and q * k1
-    """
-
-    def __init__(self):
-        super().__init__({"p": In(signed(48)), "low": In(_KV_LOW), "product": Out(signed(_KV_PRODUCT)).array(2)})
-
-    def elaborate(self, platform):
-        m = Module()
-        first, above = self.p[:_KV_PRODUCT], self.p[_KV_PRODUCT:_KV_PRODUCT + _KV_SHIFT]
-        high = (above + first[-1])[:_KV_SHIFT]
-        m.d.comb += [self.product[0].eq(first), self.product[1].eq(Cat(self.low, high))]
-        return m
-
-
-class KvPair(wiring.Component):
-    """One operand times two mantissas in one slice.
-
-    Members
-    -------
-    q : signed(12), query or probability; k : signed(12), two of -2047..2047
-    product : signed(23), q * k0 and q * k1, ``latency`` cycles later; new operands in every cycle
-
-    target : see `Dsp48e2`
-    """
-
-    def __init__(self, *, target="generic"):
-        self._slice = Dsp48e2(opmode=W_C | XY_M | Z_ZERO, alumode=SUBTRACT, target=target)
-        super().__init__({"q": In(signed(KV_BITS)), "k": In(signed(KV_BITS)).array(2),
-                          "product": Out(signed(_KV_PRODUCT)).array(2)})
-
-    @property
-    def latency(self):
-        """Cycles from the operands to ``product``."""
-        return self._slice.latency
-
-    def elaborate(self, platform):
-        m = Module()
-        dsp = self._slice
-        m.submodules.dsp, m.submodules.unpack = dsp, KvUnpack()
-        low = [Signal(_KV_LOW, name=f"low{age}", reset_less=True) for age in range(1, self.latency + 1)]
-        product = self.q[:_KV_LOW] * self.k[1][:_KV_LOW]  # the low bits of a product need no more than low bits
-        m.d.sync += [low[0].eq(product), *(new.eq(old) for new, old in zip(low[1:], low))]
-        m.d.comb += [
-            dsp.b.eq(-self.q), dsp.a.eq(self.k[0]), dsp.d.eq(self.k[1] << _KV_SHIFT),
-            dsp.c.eq(low[self.latency - dsp.c_latency - 1] << _KV_SHIFT),
-            m.submodules.unpack.p.eq(dsp.p), m.submodules.unpack.low.eq(low[-1]),
-        ]
-        m.d.comb += [self.product[column].eq(m.submodules.unpack.product[column]) for column in range(2)]
         return m
