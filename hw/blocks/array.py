@@ -64,9 +64,10 @@ def _times(config):
     return SimpleNamespace(row=1, scaled=11, shifted=12, added=13)
 
 
-def _delay(m, value, cycles, name):
+def _delay(m, value, cycles, name, reset_less=True):
+    """The value ``cycles`` later. What says that something happens must not outlive a reset."""
     for age in range(1, cycles + 1):
-        later = Signal.like(value, name=f"{name}_{age}", reset_less=True)
+        later = Signal.like(value, name=f"{name}_{age}", reset_less=reset_less)
         m.d.sync += later.eq(value)
         value = later
     return value
@@ -255,7 +256,7 @@ class PeArray(wiring.Component):
         # The row and its control at each stage. Only the generic stages wait for a row: a simulator skips them.
         enables = [self.row_en]
         for age in range(1, self.latency):
-            enables.append(_delay(m, enables[-1], 1, f"row_en_{age}"))
+            enables.append(_delay(m, enables[-1], 1, f"row_en_{age}", reset_less=False))
 
         def at(value, cycles, name):
             for age in range(cycles):
@@ -266,7 +267,8 @@ class PeArray(wiring.Component):
             return value
 
         control = at(self.control, times.added, "control")
-        last = _delay(m, enables[times.added] & control.last, self.latency - times.added, "last")
+        last = _delay(m, enables[times.added] & control.last, self.latency - times.added, "last",
+                      reset_less=False)
         m.d.comb += self.tile_done.eq(last)
         mantissas = [at(value, times.row + skew(config.dsp, k), f"mantissa{k:02}")
                      for k, value in enumerate(self.row.mantissa)]
@@ -315,7 +317,8 @@ class PeArray(wiring.Component):
         times, ages = _times(config), 1 + max(skew(config.dsp, k) for k in range(lanes))
         sources = [[codes, numbers, [self.load_codes], [self.load_keys], [self.load_values]]]
         for age in range(1, times.row + ages):
-            sources.append([[_delay(m, line, 1, f"{name}{i}_{age}") for i, line in enumerate(lines)] for lines, name in
+            sources.append([[_delay(m, line, 1, f"{name}{i}_{age}", reset_less=not name.startswith("load"))
+                             for i, line in enumerate(lines)] for lines, name in
                             zip(sources[-1], ("codes", "numbers", "load_codes", "load_keys", "load_values"))])
         strobes = {}
         for n in range(columns):
