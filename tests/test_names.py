@@ -35,3 +35,9 @@ def test_module_is_documented_and_its_names_exist(name):
         thing = getattr(module, item)
         if isinstance(thing, type) or callable(thing):
             assert thing.__doc__, f"{name}.{item} has no docstring"
+
+
+def test_every_test_file_has_a_name_of_its_own():
+    """pytest imports test files by their names alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

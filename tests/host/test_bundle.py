@@ -72,7 +72,7 @@ DAMAGE = {
 }
 # path to an entry of the description, and what it becomes
 EDITS = {
-    "impossible configuration": (("config", "lanes"), 4, "malformed .*lanes"),
+    "impossible configuration": (("config", "lanes"), 3, "malformed .*lanes"),
     "changed configuration": (("config", "cache_words"), 32, "another version"),
     "other ISA": (("isa_version",), 9, "made by another version"),
     "section too large": (("sections", "image"), 1 << 40, "does not fit"),

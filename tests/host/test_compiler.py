@@ -47,12 +47,15 @@ GEOMETRIES = [  # kinds, bound, geometry
 ]
 
 
+ROOMY = {name: config for name, config in PRESETS.items() if name != "ulx3s"}  # the board holds small models only
+
+
 def loaded(config, model, **options):
     compiled = compile_model(model, config, **options)
     return Accelerator(FloatDevice(config, compiled.map.memory * config.port_bits // 8), compiled)
 
 
-@pytest.mark.parametrize("config", PRESETS.values(), ids=list(PRESETS))
+@pytest.mark.parametrize("config", ROOMY.values(), ids=list(ROOMY))
 @pytest.mark.parametrize(("kinds", "bound", "geometry"), [case[1:] for case in GEOMETRIES],
                          ids=[case[0] for case in GEOMETRIES])
 def test_logits_agree_with_the_reference(config, kinds, bound, geometry):
@@ -98,7 +101,7 @@ def test_same_model_gives_the_same_program_and_image():
 
 # routers
 
-@pytest.mark.parametrize("config", PRESETS.values(), ids=list(PRESETS))
+@pytest.mark.parametrize("config", ROOMY.values(), ids=list(ROOMY))
 @pytest.mark.parametrize("kv", ["dense", "reuse"])
 def test_routed_logits_agree_with_the_routed_reference(config, kv):
     model = random_model(2, kinds=Q8, layers=4, hidden=96, heads=6, kv_heads=2)

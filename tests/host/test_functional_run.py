@@ -33,7 +33,7 @@ def tokens_of(model, count, seed=0):
     return np.random.default_rng(seed).integers(0, model.config.vocab, count).tolist()
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "ulx3s"])  # which holds small models only
 @pytest.mark.parametrize(("kind", "geometry"), CASES, ids=str)
 def test_logits_are_near_the_reference(name, kind, geometry):
     config = preset(name)

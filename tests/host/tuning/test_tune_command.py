@@ -25,9 +25,11 @@ def folder(tmp_path_factory):
 
 def tune(folder, *options, output="r.safetensors", model="m.gguf", tokens="t.npz"):
     """Exit code of the command."""
-    with pytest.raises(SystemExit) as end:
-        main(["tune", "-m", str(folder / model), "--tokens", str(folder / tokens), "-o", str(folder / output),
-              "--held-out", "2", "--batch", "2", "--protect", "100", *options])
+    arguments = ["tune", "-m", str(folder / model), "--tokens", str(folder / tokens), "-o", str(folder / output),
+                 "--held-out", "2", "--batch", "2", "--protect", "100", *options]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr("sys.argv", ["skipopu", *arguments])
+        main(arguments)
     return end.value.code
 
 
