@@ -33,7 +33,7 @@ def tune(model: Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hu
          = True,
          seed: Annotated[int, typer.Option("--seed", min=0, help="Of the random numbers.")] = 0,
          router_rate: Annotated[float, typer.Option("--router-rate", help="Learning rate of the routers.")] = 3e-3,
-         lora_rate: Annotated[float, typer.Option("--lora-rate", help="Learning rate of the weights' changes.")] = 1.5e-3,
+         lora_rate: Annotated[float, typer.Option("--lora-rate", help="Learning rate of changes of the weights.")] = 1.5e-3,
          protect: Annotated[float, typer.Option("--protect", help="Modules that cost more than this when left out, in "
                                                                   "nats per token, always execute.")] = 0.6,
          held_out: Annotated[int, typer.Option("--held-out", help="Sequences at the end of the file that only "

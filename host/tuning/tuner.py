@@ -3,10 +3,10 @@
 Three stages, one after the other in one run:
 
 1. Routers alone, from biases that make cheap modules (by ablation) the likeliest to be skipped.
-2. Routers and changes of weights together. Gates are drawn with noise that shrinks; the skip rate that the loss asks
-   for rises linearly until half of all steps (where a run begins with routers that skip already, it is the goal at once).
-3. Changes of weights alone, under the decisions that the machine will take. When it begins, one shift of all scores
-   brings the skip rate, measured on training text, to the goal.
+2. Routers and changes of weights together. Gates are drawn with noise that shrinks; the skip rate that the loss asks for
+   rises linearly until half of all steps (from the start, where a run begins with routers that skip already).
+3. Changes of weights alone, under the decisions that the machine will take. When it begins, one shift of all scores brings the skip
+   rate, measured on training text, to the goal.
 
 The loss is the divergence from the unrouted model plus `sparsity` times what the batch lacks of the wanted rate.
 Every random number comes from (seed, step): a resumed run goes on bit for bit.
