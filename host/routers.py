@@ -59,8 +59,8 @@ class Routers:
     bias : float32 [layers, 2], execute less skip
     hidden_weight : float16 or float32 [layers, 2, inner, width], and hidden_bias : float32 [layers, 2, inner], of
         two-layer routers; then ``difference`` is [layers, 2, inner] and reads ``relu(hidden_weight @ x + hidden_bias)``
-    lora : by the name of a tensor of every layer, the relative change of its weights that belongs to the routers,
-        float16: of a matrix [layers, rows, cols / 32], one for each group, of a norm [layers, width].
+    lora : by the name of a tensor of every layer, what the routers' training changed in it, float16: of a matrix
+        [layers, rows, cols / 32], added to all 32 weights of a group, of a norm [layers, width], a relative change.
         `lora.merged` puts them into a model
     notes : what the file says of its origin, by name; does not change what the routers do
     """
@@ -137,7 +137,7 @@ class Routers:
         for part, array in (self.lora or {}).items():
             if array.shape[1:] != shapes.get(part):
                 known = f"{list(shapes[part])}" if part in shapes else f"only {', '.join(shapes)}"
-                raise RouterError(f"these routers have changes of {part} {list(array.shape[1:])}, but "
+                raise RouterError(f"these routers have LoRA factors for {part} {list(array.shape[1:])}, but "
                                   f"{model.config.name} has {known}")
         if self.base != model.identity:
             raise RouterError(f"these routers are for the model with hash {self.base[:16]}, but {model.config.name} "

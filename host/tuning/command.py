@@ -29,11 +29,11 @@ def tune(model: Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hu
                                                       "an earlier layer, or dense.")] = "reuse",
          steps: Annotated[int, typer.Option("--steps", help="Steps in all.")] = 1000,
          batch: Annotated[int, typer.Option("--batch", help="Sequences a step.")] = 4,
-         lora: Annotated[bool, typer.Option("--lora/--no-lora", help="Change the weights too, or train routers only.")]
+         lora: Annotated[bool, typer.Option("--lora/--no-lora", help="Train LoRA factors too, or routers only.")]
          = True,
          seed: Annotated[int, typer.Option("--seed", min=0, help="Of the random numbers.")] = 0,
          router_rate: Annotated[float, typer.Option("--router-rate", help="Learning rate of the routers.")] = 3e-3,
-         lora_rate: Annotated[float, typer.Option("--lora-rate", help="Learning rate of changes of the weights.")] = 1.5e-3,
+         lora_rate: Annotated[float, typer.Option("--lora-rate", help="Learning rate of the LoRA factors.")] = 2e-3,
          protect: Annotated[float, typer.Option("--protect", help="Modules that cost more than this when left out, in "
                                                                   "nats per token, always execute.")] = 0.6,
          held_out: Annotated[int, typer.Option("--held-out", help="Sequences at the end of the file that only "
@@ -43,7 +43,7 @@ def tune(model: Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hu
          save_every: Annotated[int, typer.Option("--save-every", min=1, help="Steps between checkpoints.")] = 50,
          limit: Annotated[int, typer.Option("--limit", help="Held-out sequences to measure on along the way.")] = 8,
          ) -> None:
-    """Train routers for a model, and small changes of its weights, so that tokens skip what they can do without."""
+    """Train routers for a model, and LoRA factors, so that tokens skip modules they can do without."""
     import torch
 
     from ..errors import RequestError

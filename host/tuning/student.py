@@ -4,8 +4,8 @@ Every module is computed for every token and multiplied by its gate, 0 or 1; the
 sigmoid of its score (straight-through), so that a router hears also of the modules that did not run. Scores are linear
 in the raw layer input, as on the overlay, but trained in coordinates where every feature has mean 0 and deviation 1:
 the residual stream has features hundreds of times larger than others. `folded` undoes that.
-Weights change only by one factor for each group of 32 that share a scale, so that a merged model rounds nothing away
-(`host.lora`), and by factors of the norms.
+Weights change only by low-rank deltas, up @ down (LoRA, arXiv 2106.09685), whose down factor is fixed: it sums the 32
+features that share a minimum in the 4-bit form, so that a merged model rounds nothing away (`host.lora`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ LINEAR_PARTS = tuple(part for part in LAYER_TENSORS if "norm" not in part)
 FOLDED_SCALE = 64.0  # folded routers are this much larger, so that few weights fall below float16's normal numbers
 FIRST_PEAK = 1.0  # coordinate that a sequence's first token reaches, by features up to 1000 times their usual size
 LEAK = 0.02  # least gradient of a gate by its score: a token far on the wrong side still finds back
+UP_GAIN = GROUP ** -0.5  # of the trained up factors: a sum of 32 features is about so much larger than one
 FOLDED_PEAK = 4096.0  # largest weight of a folded router, far below where float16 ends
 
 
@@ -58,7 +59,7 @@ class Exploration:
 
 
 class Student(nn.Module):
-    """A routed Llama with trainable routers and, with ``lora``, trainable changes of its weights.
+    """A routed Llama with trainable routers and, with ``lora``, up factors and gains of its norms.
 
     kv : one of KV_MODES; protected : bool [layers, 2], modules that always execute
     weight : Parameter [layers, 2, hidden], in standardised coordinates; bias : Parameter [layers, 2]
@@ -80,11 +81,11 @@ class Student(nn.Module):
         self.register_buffer("deviation", torch.ones(layers, hidden, device=device))
         self.weight = nn.Parameter(torch.zeros(layers, 2, hidden, device=device))
         self.bias = nn.Parameter(torch.zeros(layers, 2, device=device))
-        self.change = nn.ParameterDict()
+        self.up = nn.ParameterDict()
         for part in (*LINEAR_PARTS, *NORM_PARTS) if lora else ():
             shape = model.layer(0)[part].shape
             groups = (shape[0], shape[1] // GROUP) if part in LINEAR_PARTS else shape
-            self.change[part] = nn.Parameter(torch.zeros(layers, *groups, device=device))
+            self.up[part] = nn.Parameter(torch.zeros(layers, *groups, device=device))
 
     @property
     def device(self) -> torch.device:
@@ -92,16 +93,15 @@ class Student(nn.Module):
         return self.weight.device
 
     def _linear(self, layer: int, part: str, x: Tensor) -> Tensor:
-        weight = self._reference.weight(layer, part)
-        if part in self.change:
-            weight = (weight.unflatten(-1, (-1, GROUP)) * (1 + self.change[part][layer][..., None])).flatten(-2)
-        return functional.linear(x, weight)
+        rows = functional.linear(x, self._reference.weight(layer, part))
+        if part in self.up:
+            sums = x.unflatten(-1, (-1, GROUP)).sum(-1)
+            rows = rows + functional.linear(sums * UP_GAIN, self.up[part][layer])
+        return rows
 
     def _norm(self, layer: int, part: str, x: Tensor) -> Tensor:
         weight = self._reference.weight(layer, part)
-        if part in self.change:
-            weight = weight * (1 + self.change[part][layer])
-        return rms_norm(x, weight, self.config.rms_eps)
+        return rms_norm(x, weight * (1 + self.up[part][layer]) if part in self.up else weight, self.config.rms_eps)
 
     def _heads(self, layer: int, part: str, x: Tensor) -> Tensor:
         return self._linear(layer, part, x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
@@ -190,13 +190,14 @@ class Student(nn.Module):
     def routers(self, notes: dict[str, str] | None = None) -> Routers:
         """What was trained, as Routers of the model."""
         difference, bias = self.folded()
-        lora = {part: change.detach().cpu().numpy().astype(np.float16) for part, change in self.change.items()}
+        lora = {part: (up.detach() * (UP_GAIN if part in LINEAR_PARTS else 1)).cpu().numpy().astype(np.float16)
+                for part, up in self.up.items()}
         return Routers(kv=self.kv, base=self.identity, difference=difference, bias=bias, lora=lora or None,
                        notes=notes or {})
 
     @torch.no_grad()
     def adopt(self, routers: Routers) -> None:
-        """Start from routers of the same model, of either KV mode, with their changes of weights if it has such.
+        """Start from routers of the same model, of either KV mode, with their LoRA factors if it has such.
 
         Raises RouterError if the routers have two layers.
         """
@@ -206,5 +207,5 @@ class Student(nn.Module):
         self.bias.copy_(torch.tensor(routers.bias).to(self.device) / FOLDED_SCALE
                         + (raw * self.mean.double()[:, None]).sum(-1))
         for part, change in (routers.lora or {}).items():
-            if part in self.change:
-                self.change[part].copy_(torch.tensor(change))
+            if part in self.up:
+                self.up[part].copy_(torch.tensor(change) / (UP_GAIN if part in LINEAR_PARTS else 1))

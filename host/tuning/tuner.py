@@ -3,9 +3,9 @@
 Three stages, one after the other in one run:
 
 1. Routers alone, from biases that make cheap modules (by ablation) the likeliest to be skipped.
-2. Routers and changes of weights together. Gates are drawn with noise that shrinks; the skip rate that the loss asks for
+2. Routers and LoRA factors together. Gates are drawn with noise that shrinks; the skip rate that the loss asks for
    rises linearly until half of all steps (from the start, where a run begins with routers that skip already).
-3. Changes of weights alone, under the decisions that the machine will take. When it begins, one shift of all scores brings the skip
+3. LoRA alone, under the decisions that the machine will take. When it begins, one shift of all scores brings the skip
    rate, measured on training text, to the goal.
 
 The loss is the divergence from the unrouted model plus `sparsity` times what the batch lacks of the wanted rate.
@@ -33,16 +33,14 @@ from .targets import Targets, divergence, sample_vocabulary
 
 __all__ = ["HeldOut", "Settings", "StepReport", "Tuner", "measure"]
 
-CLIP = 1.0            # largest gradient norm, for router weights, biases and changes of weights apart
+CLIP = 1.0            # largest gradient norm, for router weights, biases and LoRA factors apart
 BIAS_RATE = 10        # a bias stands alone where hundreds of weights move a score together
 WARM_UP = 20          # steps of rising learning rate
 LAST_RATE = 0.05      # of the learning rate, at the end of its cosine
 START_BIAS = 2.5      # score of an average module at the start: 92% execute under noise
 BIAS_SPREAD = 1.5     # how far ablation moves it at most
 SAMPLED_VOCABULARY = 4096  # tokens that stand for all those that the teacher finds unlikely
-CALIBRATION = 8       # sequences that coordinates are measured on
-SHIFT_SEQUENCES = 24  # for the shift to the goal: skip rates differ from one sequence to the next
-SHIFT_TOKENS = 96     # of each of them
+CALIBRATION = 8       # sequences that coordinates and the final shift are measured on
 ABLATION = 128        # tokens, of two sequences, that each module is left out for
 
 
@@ -57,7 +55,7 @@ class Settings:
     batch: int = 4              # sequences a step
     lora: bool = True           # also change the weights; without, routers only
     router_rate: float = 3e-3   # learning rates
-    lora_rate: float = 1.5e-3
+    lora_rate: float = 2e-3
     sparsity: float = 10.0      # nats per unit of skip rate that is lacking
     protect: float = 0.6        # nats that leaving a module out may cost before it is essential
     routers_first: float = 0.05  # share of the steps in stage 1
@@ -82,7 +80,7 @@ class Settings:
 
     @property
     def freeze_at(self) -> int:
-        """The first step of stage 3; never comes where the weights do not change."""
+        """The first step of stage 3; never comes where there are no LoRA factors."""
         return self.steps if not self.lora else self.steps - int(self.lora_last * self.steps)
 
     def wanted(self, step: int) -> float:
@@ -184,7 +182,7 @@ class Tuner:
                                device=device)
         self.costs = np.zeros((model.config.layers, 2))
         self.step = 0
-        student, lora = self.student, list(self.student.change.values())
+        student, lora = self.student, list(self.student.up.values())
         self.optimiser = torch.optim.Adam([{"params": [student.weight], "peak": settings.router_rate, "first": 0},
                                            {"params": [student.bias], "peak": BIAS_RATE * settings.router_rate,
                                             "first": 0},
@@ -198,7 +196,7 @@ class Tuner:
     def prepare(self, start: Routers | None = None) -> Iterator[int]:
         """Calibrate, measure each module by ablation, and set the first routers; yields the modules measured so far.
 
-        start : routers of the same model to go on from, with their changes of weights, in either KV mode
+        start : routers of the same model to go on from, with their LoRA factors, in either KV mode
         """
         student = self.student
         student.calibrate(self._some())
@@ -263,7 +261,7 @@ class Tuner:
     def shift_to_goal(self) -> None:
         """Add one number to all scores so that the skip rate on training text is the goal (layer inputs change with
         the decisions, so it is found by bisection)."""
-        tokens, start = self._some(SHIFT_SEQUENCES)[:, :SHIFT_TOKENS], self.student.bias.clone()
+        tokens, start = self._some(CALIBRATION // 2), self.student.bias.clone()
         low, high = -8.0, 8.0
         for _ in range(10):
             middle = (low + high) / 2

@@ -29,8 +29,8 @@ def folder(tmp_path_factory):
     with torch.no_grad():
         student.weight.normal_(generator=torch.Generator().manual_seed(0))
         student.bias.fill_(0.7)
-        for change in student.change.values():
-            change.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
+        for up in student.up.values():
+            up.normal_(0, 0.02, generator=torch.Generator().manual_seed(1))
     save_routers(path / "r.safetensors", student.routers())
     return path
 

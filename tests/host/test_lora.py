@@ -16,7 +16,7 @@ MODEL = MODELS["q4_1"]
 PARTS = ("attn_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down")
 
 
-def changes(parts, model=MODEL, seed=0, size=0.05):
+def changes(parts, model=MODEL, seed=0, size=0.02):
     rng = np.random.default_rng(seed)
     found = {}
     for part in parts:
@@ -31,26 +31,27 @@ def routers(lora=None, model=MODEL):
                    bias=np.ones((2, 2), np.float32), lora=lora)
 
 
-@pytest.mark.parametrize(["kind", "tolerance"], [("f32", 1e-6), ("f16", 1e-3), ("q8_0", 1e-3), ("q4_0", 1e-3),
-                                                 ("q4_1", 1e-3)])
-def test_a_change_scales_every_weight_of_its_group(kind, tolerance):
+@pytest.mark.parametrize(["kind", "tolerance"], [("f32", 1e-6), ("f16", 1e-3), ("q8_0", 5e-3), ("q4_0", 5e-4),
+                                                 ("q4_1", 5e-4)])
+def test_a_change_is_added_to_every_weight_of_its_group(kind, tolerance):
     lora = changes(PARTS, MODELS[kind])
     model, plain = merged(MODELS[kind], routers(lora, MODELS[kind]))
     assert plain.lora is None
     for layer in range(2):
         for part, tensor in model.layer(layer).items():
             change, before = lora[part][layer].astype(np.float32), MODELS[kind].layer(layer)[part].dequantise()
-            after = before * (1 + (change if change.ndim == 1 else change.repeat(GROUP, 1)))
+            after = before * (1 + change) if change.ndim == 1 else before + change.repeat(GROUP, 1)
             assert np.abs(tensor.dequantise() - after).max() < tolerance
-            assert np.abs(after - before).max() > 0.02
+            assert np.abs(after - before).max() > 0.01
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1"])
-def test_kind_and_codes_stay(kind):
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1"])
+def test_four_bit_codes_and_scales_stay(kind):
     before = MODELS[kind].layer(1)["gate"]
     after = merged(MODELS[kind], routers(changes(["gate"], MODELS[kind]), MODELS[kind]))[0].layer(1)["gate"]
-    assert after.kind == kind
-    assert np.array_equal(after.codes, before.codes)
+    assert after.kind == "q4_1"
+    assert np.array_equal(after.codes, before.codes + (8 if kind == "q4_0" else 0))
+    assert np.array_equal(after.scale, before.scale)
 
 
 def test_what_is_not_named_stays():
@@ -59,7 +60,7 @@ def test_what_is_not_named_stays():
 
 
 def test_small_deltas_do_not_survive_requantisation():
-    # why tuning changes whole groups: what is far below the step of the codes is rounded away
+    # why tuning trains changes of whole groups: what is far below the step of the codes is rounded away
     before = MODEL.tensors["layers.0.gate"]
     delta = np.random.default_rng(0).standard_normal(before.shape).astype(np.float32) * before.scale.mean() * 0.04
     after = add_deltas(MODEL, {"layers.0.gate": lambda: delta}, "x").tensors["layers.0.gate"]
@@ -108,21 +109,22 @@ def test_impossible_changes_are_refused(array, message):
 
 
 @pytest.mark.parametrize(["part", "shape", "message"], [
-    ("q", (2, 64, 4), r"have changes of q \[64, 4\], but random-0 has \[64, 2\]"),
-    ("attn_norm", (2, 32), r"have changes of attn_norm \[32\], but random-0 has \[64\]"),
-    ("head", (2, 64, 2), "have changes of head .*, but random-0 has only attn_norm, q, k, v, o, mlp_norm, gate, up"),
+    ("q", (2, 64, 4), r"LoRA factors for q \[64, 4\], but random-0 has \[64, 2\]"),
+    ("attn_norm", (2, 32), r"LoRA factors for attn_norm \[32\], but random-0 has \[64\]"),
+    ("head", (2, 64, 2), "LoRA factors for head .*, but random-0 has only attn_norm, q, k, v, o, mlp_norm, gate, up"),
 ])
 def test_changes_of_other_tensors_are_refused(part, shape, message):
     with pytest.raises(RouterError, match=message):
         merged(MODEL, routers({part: np.zeros(shape, np.float16)}))
 
 
-@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_1"])
-def test_a_product_beyond_float16_is_refused(kind):
+@pytest.mark.parametrize("kind", ["q4_1", "q8_0"])
+def test_a_sum_beyond_float16_is_refused(kind):
+    tensor = MODELS[kind].tensors["layers.0.q"]
+    model = MODELS[kind]
+    if kind == "q4_1":
+        huge = replace(tensor, minimum=np.full_like(tensor.minimum, 6e4))
+        model = replace(model, tensors=dict(model.tensors) | {"layers.0.q": huge})
+    changed = np.full((2, 64, 2), 65504, np.float16)
     with pytest.raises(RouterError, match="layers.0.q with its LoRA delta: "):
-        merged(MODELS[kind], routers({"q": np.full((2, 64, 2), 65504, np.float16)}, MODELS[kind]))
-    tensor = MODEL.tensors["layers.0.q"]
-    huge = replace(tensor, minimum=np.full_like(tensor.minimum, 6e4))
-    model = replace(MODEL, tensors=dict(MODEL.tensors) | {"layers.0.q": huge})
-    with pytest.raises(RouterError, match="layers.0.q with its LoRA delta: "):
-        merged(model, routers({"q": np.ones((2, 64, 2), np.float16)}, model))
+        merged(model, routers({"q": changed}, model))

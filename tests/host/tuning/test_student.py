@@ -33,7 +33,7 @@ def make(kv="reuse", lora=True, protected=(), model=MODEL, seed=0):
     with torch.no_grad():
         student.weight.normal_(generator=generator)
         student.bias.normal_(generator=generator)
-        for parameter in student.change.values():
+        for parameter in student.up.values():
             parameter.normal_(0, 0.1, generator=generator)
     return student
 
@@ -96,7 +96,7 @@ def test_gradients_reach_every_router_that_may_skip(kv, noise):
         arrives = gradient > 0
         assert not arrives[1, 1]
         assert arrives.sum() == 5
-    assert all(parameter.grad.abs().sum() > 0 for parameter in student.change.values())
+    assert all(parameter.grad.abs().sum() > 0 for parameter in student.up.values())
 
 
 def test_a_router_that_skips_hears_what_it_missed():
@@ -144,9 +144,9 @@ def test_adopted_routers_come_back(kv):
 
 def test_routers_without_factors_are_adopted_too():
     second = make(seed=2)
-    before = {part: change.detach().clone() for part, change in second.change.items()}
+    before = {part: up.detach().clone() for part, up in second.up.items()}
     second.adopt(make("dense", lora=False, seed=1).routers())
-    assert all(torch.equal(change, before[part]) for part, change in second.change.items())
+    assert all(torch.equal(up, before[part]) for part, up in second.up.items())
 
 
 def test_the_first_token_has_coordinates_like_the_others():

@@ -187,7 +187,7 @@ def test_a_model_of_essential_modules_only_is_refused(tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     tuner = started(tmp_path)
     with torch.no_grad():
-        tuner.student.change["down"].fill_(math.nan)
+        tuner.student.up["down"].fill_(math.nan)
     with pytest.raises(RouterError, match="the loss is nan at step 0; take lower learning rates"):
         tuner.advance()
 
