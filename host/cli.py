@@ -47,8 +47,9 @@ ConfigOption = Annotated[str | None, typer.Option("--config", help=f"Overlay con
                                                                    "Default: sim, or the bundle's own.")]
 ContextOption = Annotated[int | None, typer.Option("--context", help="Positions to provide for. Default: the model's, "
                                                                      "at most 2048.")]
-RoutersOption = Annotated[str | None, typer.Option("--routers", help="Router file, or smollm2:reuse or smollm2:dense: "
-                                                                     "tokens skip what it decides.")]
+RoutersOption = Annotated[str | None, typer.Option("--routers", help="Router file, SkipGPT checkpoint (.pth), or "
+                                                                     "smollm2:reuse or smollm2:dense: tokens skip "
+                                                                     "what it decides.")]
 KvOption = Annotated[str | None, typer.Option("--kv", help="Keys and values of tokens that skip attention: reuse those "
                                                            "of an earlier layer, or dense. Default: the routers'.")]
 ForceOption = Annotated[float | None, typer.Option("--force-skip", metavar="RATE", help="Skip this share of the "

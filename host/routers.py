@@ -40,6 +40,7 @@ _LINEAR, _HIDDEN = ("difference", "bias"), ("hidden_weight", "hidden_bias")
 _METADATA = ("version", "kv", "base_model", "layers", "width")
 NAMED_ROUTERS = {f"smollm2:{kv}": f"smollm2-{kv}.safetensors" for kv in KV_MODES}
 _FOLDER = Path(__file__).parent / "data"
+_CHECKPOINTS = (".pth", ".pt")  # PyTorch's, as SkipGPT publishes its routers
 
 
 def check_kv(kv: str) -> str:
@@ -157,8 +158,9 @@ def save_routers(path: str | Path, routers: Routers) -> None:
 def find_routers(spec: str | Path, model: Model | None = None) -> Routers:
     """The routers of a name in NAMED_ROUTERS or of a file, checked against ``model`` if given.
 
-    A name wins over a file of the same name in the current folder. Raises RouterError, one line, as `load_routers`, or
-    if there is neither a name nor a file.
+    A name wins over a file of the same name in the current folder. A file called .pth or .pt is a SkipGPT checkpoint,
+    which needs ``model``; its KV mode is "dense". Raises RouterError, one line, as `load_routers`, or if there is
+    neither a name nor a file.
     """
     if (shipped := NAMED_ROUTERS.get(str(spec))) is not None:
         return load_routers(_FOLDER / shipped, model)
@@ -166,6 +168,9 @@ def find_routers(spec: str | Path, model: Model | None = None) -> Routers:
         near = get_close_matches(str(spec), NAMED_ROUTERS, 1)
         raise RouterError(f"{spec}: no such router file or name; " + (f"did you mean {near[0]}?" if near else
                                                                      f"names are {', '.join(NAMED_ROUTERS)}"))
+    if model is not None and Path(spec).suffix in _CHECKPOINTS:
+        from .skipgpt_import import load_skipgpt_routers
+        return load_skipgpt_routers(spec, model, kv="dense")
     return load_routers(spec, model)
 
 

@@ -16,7 +16,7 @@ from ..console import note, progress, whole_file
 
 __all__ = ["tune"]
 
-_GO_ON = {"ramp": 0.0, "routers_first": 0.0}  # of runs that start from routers which skip already
+_GO_ON = {"ramp": 0.0, "routers_first": 0.0, "lora_last": 0.4}  # of runs from routers which skip already
 EVERY = 25  # steps between two lines where the progress bar cannot be seen
 
 
@@ -102,6 +102,8 @@ def tune(model: Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hu
     final = asdict(measure(tuner.student, source, unseen))
     about = {"command": _command(sys.argv), "settings": json.dumps(asdict(settings)),
              "held_out": json.dumps(final)}
+    if first is not None:  # what was run before this, so that the file names every command that made it
+        about["before"] = "; ".join(first.notes[key] for key in ("before", "command") if key in first.notes)
     with whole_file(output) as partial:
         save_routers(partial, tuner.student.routers(about))
     print(f"{output}: {kv} routers, held-out perplexity {final['perplexity']:.3f}, unrouted "

@@ -8,7 +8,7 @@ Three stages, one after the other in one run:
 3. LoRA alone, under the decisions that the machine will take. When it begins, one shift of all scores brings the skip
    rate, measured on training text, to the goal.
 
-The loss is the divergence from the unrouted model plus `sparsity` times what the batch lacks of the wanted rate.
+The loss is the divergence from the unrouted model plus `sparsity` times the batch's distance from the wanted rate.
 Every random number comes from (seed, step): a resumed run goes on bit for bit.
 """
 
@@ -40,7 +40,9 @@ LAST_RATE = 0.05      # of the learning rate, at the end of its cosine
 START_BIAS = 2.5      # score of an average module at the start: 92% execute under noise
 BIAS_SPREAD = 1.5     # how far ablation moves it at most
 SAMPLED_VOCABULARY = 4096  # tokens that stand for all those that the teacher finds unlikely
-CALIBRATION = 8       # sequences that coordinates and the final shift are measured on
+CALIBRATION = 8       # sequences that coordinates are measured on
+SHIFT_SEQUENCES = 24  # for a shift to the goal: skip rates differ from one sequence to the next
+SHIFT_TOKENS = 128    # of each of them
 ABLATION = 128        # tokens, of two sequences, that each module is left out for
 
 
@@ -56,7 +58,7 @@ class Settings:
     lora: bool = True           # also change the weights; without, routers only
     router_rate: float = 3e-3   # learning rates
     lora_rate: float = 2e-3
-    sparsity: float = 10.0      # nats per unit of skip rate that is lacking
+    sparsity: float = 10.0      # nats per unit of skip rate that is lacking or too much
     protect: float = 0.6        # nats that leaving a module out may cost before it is essential
     routers_first: float = 0.05  # share of the steps in stage 1
     lora_last: float = 0.2      # share of the steps in stage 3
@@ -196,7 +198,8 @@ class Tuner:
     def prepare(self, start: Routers | None = None) -> Iterator[int]:
         """Calibrate, measure each module by ablation, and set the first routers; yields the modules measured so far.
 
-        start : routers of the same model to go on from, with their LoRA factors, in either KV mode
+        start : routers of the same model to go on from, with their LoRA factors, in either KV mode; their scores are
+            shifted to the goal
         """
         student = self.student
         student.calibrate(self._some())
@@ -213,6 +216,7 @@ class Tuner:
             student.bias.copy_(torch.tensor(START_BIAS + spread))
         if start is not None:
             student.adopt(start)
+            self.shift_to_goal()
 
     def batch(self, step: int) -> np.ndarray:
         """Indices of the sequences of a step: every sequence once before any comes again."""
@@ -245,7 +249,7 @@ class Tuner:
         logits = student.logits(hidden.flatten(0, 1), rows) + offset
         away = divergence(logits, places.flatten(0, 1), log_probs.flatten(0, 1)).mean()
         skip, attention, mlp = _rates(gates, self.share)
-        loss = away + settings.sparsity * (settings.wanted(self.step) - skip).clamp(min=0)
+        loss = away + settings.sparsity * (settings.wanted(self.step) - skip).abs()
         if not torch.isfinite(loss):
             raise RouterError(f"the loss is {float(loss.detach())} at step {self.step}; take lower learning rates")
         self.optimiser.zero_grad(set_to_none=True)
@@ -259,13 +263,22 @@ class Tuner:
 
     @torch.no_grad()
     def shift_to_goal(self) -> None:
-        """Add one number to all scores so that the skip rate on training text is the goal (layer inputs change with
-        the decisions, so it is found by bisection)."""
-        tokens, start = self._some(CALIBRATION // 2), self.student.bias.clone()
-        low, high = -8.0, 8.0
-        for _ in range(10):
+        """Add one number to all scores so that the skip rate on training text is the goal.
+
+        Layer inputs change with the decisions, so it is found by bisection, and between the last two by a line.
+        """
+        tokens, start = self._some(SHIFT_SEQUENCES)[:, :SHIFT_TOKENS], self.student.bias.clone()
+
+        def skipped(shift: float) -> float:
+            self.student.bias.copy_(start + shift)
+            gates = torch.cat([self.student(some)[1] for some in tokens.split(CALIBRATION)], 1)
+            return float(_rates(gates, self.share)[0])
+
+        low, high, at_low, at_high = -8.0, 8.0, 1.0, 0.0  # of more than can be skipped, and of nothing
+        for _ in range(8):
             middle = (low + high) / 2
-            self.student.bias.copy_(start + middle)
-            skipped = float(_rates(self.student(tokens)[1], self.share)[0])
-            low, high = (middle, high) if skipped > self.settings.skip else (low, middle)
-        self.student.bias.copy_(start + (low + high) / 2)
+            found = skipped(middle)
+            low, high, at_low, at_high = ((middle, high, found, at_high) if found > self.settings.skip else
+                                          (low, middle, at_low, found))
+        part = (at_low - self.settings.skip) / max(at_low - at_high, 1e-9)
+        self.student.bias.copy_(start + low + (high - low) * part)

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from skipopu.golden.device import FunctionalDevice
 from skipopu.golden.random_model import random_model, write_gguf
 from skipopu.host import devices
@@ -15,7 +16,7 @@ from skipopu.host.chat import ChatTemplate
 from skipopu.host.cli import main
 from skipopu.host.compiler import compile_model
 from skipopu.host.load import load_model
-from skipopu.host.routers import Routers, save_routers
+from skipopu.host.routers import Routers, load_routers, save_routers
 from skipopu.host.tokenizer import Tokenizer
 from skipopu.hw.config import preset
 from skipopu.hw.isa import encode
@@ -281,6 +282,27 @@ def test_routed_generation_reports_what_was_skipped(call, model, folder, kv):
         reference = call.json(*arguments, *extra, "--device", "reference")
         assert reference["tokens"] == report["tokens"]
         assert reference["skip_attention"] == pytest.approx(report["skip_attention"])
+
+
+def test_skipgpt_checkpoints_are_routers_too(call, model, folder, tmp_path):
+    routers = load_routers(folder / "routers")
+    tensors = {}
+    for layer in range(2):
+        for index, module in enumerate(("attention", "mlp")):
+            name = f"model.layers.{layer}.router_{module}.weight_predictor"
+            rows = torch.tensor(routers.difference[layer, index].astype(np.float32))
+            tensors[f"{name}.weight"] = torch.stack((rows, torch.zeros_like(rows)))
+            tensors[f"{name}.bias"] = torch.tensor([routers.bias[layer, index], 0.0])
+    torch.save(tensors, tmp_path / "router.pth")
+    arguments = ("generate", *model, *PROMPT, *TINY, "-n", 6)
+    expected = call.json(*arguments, "--routers", folder / "routers", "--kv", "dense")
+    found = call.json(*arguments, "--routers", tmp_path / "router.pth")
+    assert found["tokens"] == expected["tokens"] and found["skip_mlp"] == expected["skip_mlp"] > 0
+    assert found["kv_bytes_written"] == expected["kv_bytes_written"]
+    del tensors["model.layers.1.router_mlp.weight_predictor.bias"]
+    torch.save(tensors, tmp_path / "router.pth")
+    line = call.bad(*arguments, "--routers", tmp_path / "router.pth")
+    assert line.endswith("router.pth: missing keys: model.layers.1.router_mlp.weight_predictor.bias")
 
 
 def test_a_bundle_keeps_its_routers(call, model, folder, tmp_path):

@@ -62,7 +62,12 @@ def test_tuning_goes_on_from_routers_in_the_other_mode(folder):
     assert tune(folder, "--steps", "4", "--kv", "reuse", output="c.safetensors") == 0
     assert tune(folder, "--steps", "4", "--kv", "dense", "--from", str(folder / "c.safetensors"),
                 output="d.safetensors") == 0
-    assert find_routers(folder / "d.safetensors").kv == "dense"
+    first, second = find_routers(folder / "c.safetensors"), find_routers(folder / "d.safetensors")
+    assert (first.kv, second.kv) == ("reuse", "dense")
+    assert "before" not in first.notes and second.notes["before"] == first.notes["command"]
+    assert tune(folder, "--steps", "4", "--from", str(folder / "d.safetensors"), output="h.safetensors") == 0
+    third = find_routers(folder / "h.safetensors")
+    assert third.notes["before"] == f"{first.notes['command']}; {second.notes['command']}"
 
 
 def evaluate(folder, *options):

@@ -161,6 +161,28 @@ def test_routers_to_start_from_are_taken_with_their_factors(tmp_path):
     assert np.allclose(again.lora["q"], routers.lora["q"], rtol=1e-3)
 
 
+def test_a_run_from_routers_begins_at_the_goal(tmp_path):
+    first = started(tmp_path, replace(SETTINGS, skip=0.4))
+    for _ in range(60):
+        first.advance()
+    for skip in (0.1, 0.3, 0.6):
+        second = Tuner(MODEL, TEXT, replace(SETTINGS, skip=skip), tmp_path / "targets")
+        for _ in second.prepare(first.student.routers()):
+            pass
+        assert measure(second.student, MODEL, TEXT).skip == pytest.approx(skip, abs=0.02)
+
+
+@pytest.mark.parametrize("bias", [-3.0, 3.0])
+def test_too_much_skipping_costs_as_much_as_too_little(tmp_path, bias):
+    tuner = started(tmp_path, replace(SETTINGS, skip=0.5, ramp=0.0, sparsity=100.0, lora=False))
+    with torch.no_grad():
+        tuner.student.bias.fill_(bias)
+    report = tuner.advance()
+    assert abs(report.skip - 0.5) > 0.4
+    assert report.loss == pytest.approx(report.divergence + 100 * abs(report.skip - 0.5), rel=1e-4)
+    assert (tuner.student.bias.mean() - bias) * bias < 0  # back towards the goal
+
+
 @pytest.mark.parametrize(["changed", "message"], [
     ({"skip": -0.1}, r"the skip rate must be 0\.\.0\.9, not -0\.1"),
     ({"skip": 0.91}, r"the skip rate must be 0\.\.0\.9, not 0\.91"),
