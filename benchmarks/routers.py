@@ -2,8 +2,10 @@
 
 Everything is measured in float32 against the unrouted model, on the model as the overlay gets it: LoRA factors merged
 into its quantised weights. By default on the last sequences of an .npz file, those that `skipopu tune` held out; a text
-file gives text of another kind. `weights` is the share of the layers' weights that decode leaves unread; `random` skips
-as many modules of each kind as the routers do, drawn for each token, essential ones executed.
+file gives text of another kind. `weights` is the share of the layers' weights that decode leaves unread. Next to the
+routers stand three ways to skip as much without them: `random` skips as many modules of each kind, drawn for each
+token, essential ones executed; `static` leaves the modules that the routers skip most out for every token; and `static,
+base model` those whose absence costs least for their weights, one at a time, without any change of weights.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ from skipopu.host.lora import merged
 from skipopu.host.model import Model
 from skipopu.host.routers import NAMED_ROUTERS, Routers, find_routers
 from skipopu.host.session import open_source
-from skipopu.host.tuning.student import Student
-from skipopu.host.tuning.tuner import HeldOut, measure
+from skipopu.host.tuning.ablation import ablate
+from skipopu.host.tuning.student import Student, read_share
+from skipopu.host.tuning.tuner import HeldOut, measure, shift_to
 
 COLUMNS = "perplexity", "KL", "top-1", "weights", "attention", "MLP"
-SHIFTED = (0.10, 0.25, 0.40)  # shares of weights that one shift of all scores is searched for
+SHIFTED = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30)  # shares of weights that one shift of all scores is searched for
+SEARCHED = 8  # sequences that a shift is searched on
 
 
 def arguments() -> argparse.Namespace:
@@ -65,17 +69,35 @@ def student_of(model: Model, routers: Routers) -> Student:
 
 
 def shifted(student: Student, model: Model, text: np.ndarray, share: float, teacher: dict) -> HeldOut:
-    """The operating point nearest to ``share`` of weights, reached by adding one number to all scores."""
-    bias, low, high = student.bias.detach().clone(), -12.0, 12.0
-    found = None
-    for _ in range(7):
-        middle = (low + high) / 2
-        student.bias.data.copy_(bias + middle)
-        found = measure(student, model, text[:4], teacher=teacher)
-        low, high = (middle, high) if found.skip > share else (low, middle)
+    """The operating point at about ``share`` of weights, reached by adding one number to all scores."""
+    bias = student.bias.detach().clone()
+    tokens = torch.tensor(text[:SEARCHED].astype(np.int64))
+    shift_to(student, tokens, torch.tensor(read_share(model, student.kv), dtype=torch.float32), share)
     found = measure(student, model, text, teacher=teacher)
     student.bias.data.copy_(bias)
     return found
+
+
+def static_gates(order: np.ndarray, share: np.ndarray, goal: float, text: np.ndarray) -> np.ndarray:
+    """Gates bool [layers, n, length, 2] that leave out, for all tokens, the first modules (flat indices) of ``order``:
+    as many as bring the skipped share of weights nearest to ``goal``."""
+    totals = np.concatenate(([0.0], share.flatten()[order].cumsum()))
+    gates = np.ones(share.size, bool)
+    gates[order[:np.abs(totals - goal).argmin()]] = False
+    return np.broadcast_to(gates.reshape(-1, 1, 1, 2), (len(share), *text.shape, 2)).copy()
+
+
+def static_orders(model: Model, student: Student, kv: str, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Flat indices of modules that are not essential: by how often the routers skip them, the most skipped first, and
+    by what leaving each out alone costs the base model for each weight, the cheapest first."""
+    free = ~student.protected.numpy().flatten()
+    tokens = torch.tensor(text[:SEARCHED].astype(np.int64))
+    runs = student(tokens)[1].mean((1, 2)).numpy().flatten()
+    costs, share = np.zeros((model.config.layers, 2)), read_share(model, kv)
+    for layer, module, cost in ablate(Student(model, kv, np.zeros_like(costs, bool)), tokens[:2]):
+        costs[layer, module] = cost / share[layer, module]
+    by_skips, by_cost = (np.argsort(key, kind="stable") for key in (runs, costs.flatten()))
+    return by_skips[free[by_skips]], by_cost[free[by_cost]]
 
 
 def rows(model: Model, name: str, text: np.ndarray, brief: bool, teacher: dict) -> Iterator[tuple[str, HeldOut]]:
@@ -94,13 +116,19 @@ def rows(model: Model, name: str, text: np.ndarray, brief: bool, teacher: dict) 
     yield "  random at these rates", measure(student, model, text, gates=gates, teacher=teacher)
     if brief:
         return
+    share = read_share(model, routers.kv)
+    by_skips, by_cost = static_orders(model, student, routers.kv, text)
+    yield "  static", measure(student, model, text, gates=static_gates(by_skips, share, own.skip, text),
+                              teacher=teacher)
+    base = student_of(model, replace(routers, lora=None))
+    yield "  static, base model", measure(base, model, text, gates=static_gates(by_cost, share, own.skip, text),
+                                          teacher=teacher)
     yield "  nothing skipped", measure(student, model, text, gates=np.ones_like(gates), teacher=teacher)
     for share in SHIFTED:
         yield f"  shifted to {share:.0%}", shifted(student, model, text, share, teacher)
     if routers.lora:
-        alone = student_of(model, replace(routers, lora=None))
-        yield "  routers without LoRA", measure(alone, model, text, teacher=teacher)
-        yield "  random, without LoRA", measure(alone, model, text, gates=gates, teacher=teacher)
+        yield "  routers without LoRA", measure(base, model, text, teacher=teacher)
+        yield "  random, without LoRA", measure(base, model, text, gates=gates, teacher=teacher)
         exact = Student(model, routers.kv, essential, lora=True)
         exact.adopt(routers)
         yield "  before merging (float32)", measure(exact, model, text, teacher=teacher)

@@ -31,7 +31,7 @@ from .ablation import ablate, essential
 from .student import Exploration, Student, read_share
 from .targets import Targets, divergence, sample_vocabulary
 
-__all__ = ["HeldOut", "Settings", "StepReport", "Tuner", "measure"]
+__all__ = ["HeldOut", "Settings", "StepReport", "Tuner", "measure", "shift_to"]
 
 CLIP = 1.0            # largest gradient norm, for router weights, biases and LoRA factors apart
 BIAS_RATE = 10        # a bias stands alone where hundreds of weights move a score together
@@ -168,6 +168,28 @@ def measure(student: Student, model: Model, sequences: np.ndarray, *, gates: np.
     return HeldOut(math.exp(loss), math.exp(unrouted_loss), *rest)
 
 
+@torch.inference_mode()
+def shift_to(student: Student, tokens: Tensor, share: Tensor, skip: float) -> None:
+    """Add one number to all scores so that ``skip`` of the weights of int tokens [n, length] are left unread.
+
+    share : float [layers, 2], `read_share`. Layer inputs change with the decisions, so the number is found by
+    bisection, and between the last two tries by a line. Text on which nothing can skip as much gets the most.
+    """
+    start = student.bias.clone()
+
+    def skipped(shift: float) -> float:
+        student.bias.copy_(start + shift)
+        gates = torch.cat([student(some)[1] for some in tokens.split(CALIBRATION)], 1)
+        return float(_rates(gates, share)[0])
+
+    low, high, at_low, at_high = -8.0, 8.0, 1.0, 0.0
+    for _ in range(8):
+        middle = (low + high) / 2
+        found = skipped(middle)
+        low, high, at_low, at_high = (middle, high, found, at_high) if found > skip else (low, middle, at_low, found)
+    student.bias.copy_(start + low + (high - low) * (at_low - skip) / max(at_low - at_high, 1e-9))
+
+
 class Tuner:
     """A run of tuning on one model.
 
@@ -261,24 +283,6 @@ class Tuner:
         self.step += 1
         return StepReport(self.step, *(float(value.detach()) for value in (loss, away, skip, attention, mlp)))
 
-    @torch.no_grad()
     def shift_to_goal(self) -> None:
-        """Add one number to all scores so that the skip rate on training text is the goal.
-
-        Layer inputs change with the decisions, so it is found by bisection, and between the last two by a line.
-        """
-        tokens, start = self._some(SHIFT_SEQUENCES)[:, :SHIFT_TOKENS], self.student.bias.clone()
-
-        def skipped(shift: float) -> float:
-            self.student.bias.copy_(start + shift)
-            gates = torch.cat([self.student(some)[1] for some in tokens.split(CALIBRATION)], 1)
-            return float(_rates(gates, self.share)[0])
-
-        low, high, at_low, at_high = -8.0, 8.0, 1.0, 0.0  # of more than can be skipped, and of nothing
-        for _ in range(8):
-            middle = (low + high) / 2
-            found = skipped(middle)
-            low, high, at_low, at_high = ((middle, high, found, at_high) if found > self.settings.skip else
-                                          (low, middle, at_low, found))
-        part = (at_low - self.settings.skip) / max(at_low - at_high, 1e-9)
-        self.student.bias.copy_(start + low + (high - low) * part)
+        """Add one number to all scores so that the skip rate on training text is the goal."""
+        shift_to(self.student, self._some(SHIFT_SEQUENCES)[:, :SHIFT_TOKENS], self.share, self.settings.skip)

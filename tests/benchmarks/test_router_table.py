@@ -47,8 +47,9 @@ def test_rows_of_the_table(folder):
     assert done.stdout.startswith("random-1: 4 sequences of 20 tokens from t.npz; all measured")
     rows = {line[0]: [float(cell.rstrip("%")) for cell in line[1:]] for line in lines[2:]}
     assert list(rows)[0] == "unrouted" and list(rows)[2:] == [
-        "random at these rates", "nothing skipped", "shifted to 10%", "shifted to 25%", "shifted to 40%",
-        "routers without LoRA", "random, without LoRA", "before merging (float32)"]
+        "random at these rates", "static", "static, base model", "nothing skipped",
+        *(f"shifted to {share}%" for share in (5, 10, 15, 20, 25, 30)), "routers without LoRA",
+        "random, without LoRA", "before merging (float32)"]
     own = rows[str(folder / "r.safetensors")]
     model = load_model(folder / "m.gguf")
     reference, skipped = RoutedReference(*merged(model, load_routers(folder / "r.safetensors"))), []
@@ -59,7 +60,10 @@ def test_rows_of_the_table(folder):
     random = rows["random at these rates"]
     assert random[4:] == pytest.approx(own[4:], abs=8)
     assert rows["nothing skipped"][3:] == [0, 0, 0]
-    assert rows["shifted to 10%"][3] < rows["shifted to 40%"][3]
+    assert [rows[f"shifted to {share}%"][3] for share in (5, 15, 25)] == pytest.approx([5, 15, 25], abs=4)
+    for name in ("static", "static, base model"):  # one module more or less is up to a fifth of the weights here
+        assert rows[name][3] == pytest.approx(own[3], abs=13)
+        assert {round(rate) for rate in rows[name][4:]} <= {0, 33, 67, 100}  # whole modules of three layers
 
 
 @pytest.mark.parametrize(["options", "message"], [
