@@ -13,8 +13,10 @@ In both modes layer 0 computes keys and values of every token.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +42,7 @@ _LINEAR, _HIDDEN = ("difference", "bias"), ("hidden_weight", "hidden_bias")
 _METADATA = ("version", "kv", "base_model", "layers", "width")
 NAMED_ROUTERS = {f"smollm2:{kv}": f"smollm2-{kv}.safetensors" for kv in KV_MODES}
 _FOLDER = Path(__file__).parent / "data"
+_POINT = re.compile(r"(.+)@(\d*\.?\d+)")  # routers, and the skip rate wanted of them
 _CHECKPOINTS = (".pth", ".pt")  # PyTorch's, as SkipGPT publishes its routers
 
 
@@ -120,6 +123,27 @@ class Routers:
         """Features of the residual stream that the routers read."""
         return (self.difference if self.hidden_weight is None else self.hidden_weight).shape[-1]
 
+    def at(self, skip: float) -> Routers:
+        """The same routers with all biases shifted so that about ``skip`` of the weights are left unread.
+
+        Between two of the points that tuning measured, by a line. Raises RouterError if the routers carry no points, or
+        ``skip`` is beyond them.
+        """
+        try:
+            points = np.array(sorted(json.loads(self.notes.get("points", "[]"))), np.float64).reshape(-1, 2)
+            if not np.isfinite(points).all():
+                raise ValueError
+        except (ValueError, TypeError):
+            raise RouterError("the operating points in the metadata cannot be read") from None
+        if not len(points):
+            raise RouterError("these routers carry no other operating points; `skipopu tune` notes them")
+        least, most = points[0, 0], points[-1, 0]
+        if not least <= skip <= most:
+            raise RouterError(f"these routers skip {least:.1%} to {most:.1%} of the weights, not {skip:.1%}")
+        shift = np.interp(skip, points[:, 0], points[:, 1])
+        protected = ~self.difference.any(-1)  # the same decision for every input
+        return replace(self, bias=np.where(protected, self.bias, self.bias + shift).astype(np.float32))
+
     def require_linear(self) -> None:
         """Raises RouterError if the overlay cannot run these routers."""
         if not self.is_linear:
@@ -158,10 +182,16 @@ def save_routers(path: str | Path, routers: Routers) -> None:
 def find_routers(spec: str | Path, model: Model | None = None) -> Routers:
     """The routers of a name in NAMED_ROUTERS or of a file, checked against ``model`` if given.
 
-    A name wins over a file of the same name in the current folder. A file called .pth or .pt is a SkipGPT checkpoint,
-    which needs ``model``; its KV mode is "dense". Raises RouterError, one line, as `load_routers`, or if there is
+    With ``@RATE`` behind it, at another of their operating points (`Routers.at`): "smollm2:reuse@0.1". A name wins over
+    a file of the same name in the current folder. A file called .pth or .pt is a SkipGPT checkpoint, which needs
+    ``model``; its KV mode is "dense". Raises RouterError, one line, as `load_routers` and `Routers.at`, or if there is
     neither a name nor a file.
     """
+    if (point := _POINT.fullmatch(str(spec))) and not Path(spec).exists():
+        try:
+            return find_routers(point[1], model).at(float(point[2]))
+        except RouterError as error:
+            raise RouterError(f"{spec}: {str(error).removeprefix(f'{point[1]}: ')}") from None
     if (shipped := NAMED_ROUTERS.get(str(spec))) is not None:
         return load_routers(_FOLDER / shipped, model)
     if not Path(spec).exists():

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -104,8 +104,10 @@ def tune(model: Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hu
              "held_out": json.dumps(final)}
     if first is not None:  # what was run before this, so that the file names every command that made it
         about["before"] = "; ".join(first.notes[key] for key in ("before", "command") if key in first.notes)
+    routers = tuner.student.routers()
+    about["points"] = json.dumps([[round(rate, 4), shift] for rate, shift in tuner.operating_points(routers)])
     with whole_file(output) as partial:
-        save_routers(partial, tuner.student.routers(about))
+        save_routers(partial, replace(routers, notes=about))
     print(f"{output}: {kv} routers, held-out perplexity {final['perplexity']:.3f}, unrouted "
           f"{final['unrouted_perplexity']:.3f}; they leave {final['skip']:.1%} of weights unread, "
           f"{final['skip_attention']:.1%} of attention and {final['skip_mlp']:.1%} of MLP modules out (all measured)")

@@ -28,10 +28,10 @@ from ..errors import RouterError
 from ..model import Model
 from ..routers import Routers, check_kv
 from .ablation import ablate, essential
-from .student import Exploration, Student, read_share
+from .student import FOLDED_SCALE, Exploration, Student, read_share
 from .targets import Targets, divergence, sample_vocabulary
 
-__all__ = ["HeldOut", "Settings", "StepReport", "Tuner", "measure", "shift_to"]
+__all__ = ["HeldOut", "Settings", "StepReport", "Tuner", "measure", "shift_to", "skip_rate"]
 
 CLIP = 1.0            # largest gradient norm, for router weights, biases and LoRA factors apart
 BIAS_RATE = 10        # a bias stands alone where hundreds of weights move a score together
@@ -43,6 +43,8 @@ SAMPLED_VOCABULARY = 4096  # tokens that stand for all those that the teacher fi
 CALIBRATION = 8       # sequences that coordinates are measured on
 SHIFT_SEQUENCES = 24  # for a shift to the goal: skip rates differ from one sequence to the next
 SHIFT_TOKENS = 128    # of each of them
+SHIFTS = (-0.25, *(0.25 * step for step in range(13)))  # of all scores, for other operating points
+LEAST_POINT = 0.03    # skip rate below which there is none
 ABLATION = 128        # tokens, of two sequences, that each module is left out for
 
 
@@ -169,6 +171,13 @@ def measure(student: Student, model: Model, sequences: np.ndarray, *, gates: np.
 
 
 @torch.inference_mode()
+def skip_rate(student: Student, tokens: Tensor, share: Tensor) -> float:
+    """Share of the weights that int tokens [n, length] leave unread under the machine's decisions."""
+    gates = torch.cat([student(some)[1] for some in tokens.split(CALIBRATION)], 1)
+    return float(_rates(gates, share)[0])
+
+
+@torch.inference_mode()
 def shift_to(student: Student, tokens: Tensor, share: Tensor, skip: float) -> None:
     """Add one number to all scores so that ``skip`` of the weights of int tokens [n, length] are left unread.
 
@@ -176,16 +185,11 @@ def shift_to(student: Student, tokens: Tensor, share: Tensor, skip: float) -> No
     bisection, and between the last two tries by a line. Text on which nothing can skip as much gets the most.
     """
     start = student.bias.clone()
-
-    def skipped(shift: float) -> float:
-        student.bias.copy_(start + shift)
-        gates = torch.cat([student(some)[1] for some in tokens.split(CALIBRATION)], 1)
-        return float(_rates(gates, share)[0])
-
     low, high, at_low, at_high = -8.0, 8.0, 1.0, 0.0
     for _ in range(8):
         middle = (low + high) / 2
-        found = skipped(middle)
+        student.bias.copy_(start + middle)
+        found = skip_rate(student, tokens, share)
         low, high, at_low, at_high = (middle, high, found, at_high) if found > skip else (low, middle, at_low, found)
     student.bias.copy_(start + low + (high - low) * (at_low - skip) / max(at_low - at_high, 1e-9))
 
@@ -286,3 +290,17 @@ class Tuner:
     def shift_to_goal(self) -> None:
         """Add one number to all scores so that the skip rate on training text is the goal."""
         shift_to(self.student, self._some(SHIFT_SEQUENCES)[:, :SHIFT_TOKENS], self.share, self.settings.skip)
+
+    @torch.no_grad()
+    def operating_points(self, routers: Routers) -> list[tuple[float, float]]:
+        """Skip rates on training text, falling, and the numbers that reach them when added to all biases there."""
+        tokens, points = self._some(SHIFT_SEQUENCES)[:, :SHIFT_TOKENS], []
+        self.student.adopt(routers)
+        start = self.student.bias.clone()
+        for shift in SHIFTS:
+            self.student.bias.copy_(start + shift)
+            points.append((skip_rate(self.student, tokens, self.share), shift * FOLDED_SCALE))
+            if points[-1][0] < LEAST_POINT:
+                break
+        self.student.bias.copy_(start)
+        return points

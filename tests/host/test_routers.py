@@ -5,7 +5,7 @@ import pytest
 from safetensors.numpy import save_file
 from skipopu.golden.random_model import random_model
 from skipopu.host.errors import RouterError
-from skipopu.host.routers import Routers, load_routers, save_routers
+from skipopu.host.routers import Routers, find_routers, load_routers, save_routers
 
 MODEL = random_model(0)  # 2 layers, 64 wide
 METADATA = {"format": "skipopu-routers", "version": "1", "kv": "dense", "base_model": "random-0", "layers": "2",
@@ -103,3 +103,40 @@ def test_only_linear_routers_run_on_the_overlay():
     make().require_linear()
     with pytest.raises(RouterError, match=r"two-layer routers \(hidden width 16\) run in the reference only"):
         make(TWO_LAYER).require_linear()
+
+
+# other operating points
+
+def test_an_operating_point_lies_between_the_noted_ones(tmp_path):
+    difference = arrays()["difference"]
+    difference[0, 0] = 0  # executes for every input, at every point
+    save_routers(tmp_path / "r", make(difference=difference, notes={"points": "[[0.3, -16], [0.2, 0], [0.1, 32]]"}))
+    own = load_routers(tmp_path / "r")
+    for rate, shift in ((0.3, -16), (0.2, 0), (0.1, 32), (0.15, 16), (0.25, -8)):
+        moved = find_routers(f"{tmp_path}/r@{rate}")
+        expected = own.bias + np.float32(shift)
+        expected[0, 0] = own.bias[0, 0]
+        assert np.array_equal(moved.difference, own.difference)
+        assert moved.bias == pytest.approx(expected, abs=1e-5) and moved.bias.dtype == np.float32
+
+
+@pytest.mark.parametrize(["points", "rate", "message"], [
+    (None, "0.1", "these routers carry no other operating points"),
+    ("[]", "0.1", "these routers carry no other operating points"),
+    ("[[0.3, 0], [0.1, 8]]", "0.31", r"these routers skip 10.0% to 30.0% of the weights, not 31.0%"),
+    ("[[0.3, 0], [0.1, 8]]", "0.05", r"these routers skip 10.0% to 30.0% of the weights, not 5.0%"),
+    ("[[0.3, 0], [0.1", "0.2", "the operating points in the metadata cannot be read"),
+    ("[[0.3], [0.1, 8]]", "0.2", "the operating points in the metadata cannot be read"),
+    ("[[0.3, 0], [0.1, NaN]]", "0.2", "the operating points in the metadata cannot be read"),
+    ("7", "0.2", "the operating points in the metadata cannot be read"),
+])
+def test_impossible_operating_points_are_named(tmp_path, points, rate, message):
+    save_routers(tmp_path / "r", make(notes={} if points is None else {"points": points}))
+    with pytest.raises(RouterError, match=f"r@{rate}: {message}") as error:
+        find_routers(f"{tmp_path}/r@{rate}")
+    assert "\n" not in str(error.value) and str(error.value).count("/r") == 1
+
+
+def test_an_operating_point_of_no_file_is_a_missing_file():
+    with pytest.raises(RouterError, match="nobody@0.1: no such router file or name"):
+        find_routers("nobody@0.1")

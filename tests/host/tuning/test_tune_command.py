@@ -47,6 +47,25 @@ def test_routers_are_written_measured_and_run(folder, capsys):
     assert np.isfinite(RoutedReference(*merged(model, routers)).forward([1, 2, 3]).numpy()).all()
 
 
+def test_other_operating_points_are_noted_and_reached(folder, capsys):
+    assert tune(folder, "--steps", "40", "--skip", "0.3", output="p.safetensors") == 0
+    capsys.readouterr()
+    path, skips = str(folder / "p.safetensors"), []
+    own = find_routers(path)
+    for rate in ("0.1", "0.2", "0.3"):
+        routers = find_routers(f"{path}@{rate}")
+        moved = routers.bias - own.bias
+        assert np.array_equal(routers.difference, own.difference) and np.ptp(moved) < 1e-4
+        assert evaluate(folder, "--device", "reference", "--routers", f"{path}@{rate}", "--json") == 0
+        report = json.loads(capsys.readouterr().out)
+        skips.append(report["skip_attention"] + report["skip_mlp"])
+    assert skips[0] < skips[1] < skips[2]
+    for rate, message in (("0.9", f"{path}@0.9: these routers skip "), ("0.0", f"{path}@0.0: these routers skip ")):
+        assert evaluate(folder, "--routers", f"{path}@{rate}") == 1
+        printed = capsys.readouterr().err
+        assert message in printed and printed.count("\n") == 1
+
+
 def test_a_run_is_resumed_from_its_checkpoint(folder, capsys):
     assert tune(folder, "--steps", "8", "--save-every", "4", output="b.safetensors") == 0
     whole = (folder / "b.safetensors").read_bytes()
