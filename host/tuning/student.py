@@ -21,15 +21,17 @@ from torch.nn import functional
 from ..model import GROUP, LAYER_TENSORS, Model
 from ..routers import Routers, check_kv
 
-__all__ = ["FOLDED_PEAK", "FOLDED_SCALE", "LINEAR_PARTS", "NORM_PARTS", "Exploration", "Student", "read_share"]
+__all__ = ["BIAS_PEAK", "FOLDED_PEAK", "FOLDED_SCALE", "LINEAR_PARTS", "NORM_PARTS", "Exploration", "Student",
+           "read_share"]
 
 NORM_PARTS = ("attn_norm", "mlp_norm")
 LINEAR_PARTS = tuple(part for part in LAYER_TENSORS if "norm" not in part)
-FOLDED_SCALE = 64.0  # folded routers are this much larger, so that few weights fall below float16's normal numbers
+FOLDED_SCALE = 16.0  # folded routers are this much larger, so that few weights fall below float16's normal numbers
 FIRST_PEAK = 1.0  # coordinate that a sequence's first token reaches, by features up to 1000 times their usual size
 LEAK = 0.02  # least gradient of a gate by its score: a token far on the wrong side still finds back
 UP_GAIN = GROUP ** -0.5  # of the trained up factors: a sum of 32 features is about so much larger than one
 FOLDED_PEAK = 4096.0  # largest weight of a folded router, far below where float16 ends
+BIAS_PEAK = 64.0  # largest bias of a folded router: the overlay takes biases below 128, and points shift them
 
 
 def read_share(model: Model, kv: str) -> np.ndarray:
@@ -176,10 +178,12 @@ class Student(nn.Module):
         """Difference float16 [layers, 2, hidden] and bias float32 [layers, 2] on the raw layer input.
 
         A score and its positive multiples decide alike: all are FOLDED_SCALE times larger than here, or less where a
-        weight would exceed FOLDED_PEAK.
+        weight would exceed FOLDED_PEAK or a bias BIAS_PEAK.
         """
         weight = self.weight.double() / self.deviation.double()[:, None]
-        scale = (FOLDED_PEAK / weight.abs().amax(-1).clamp(min=1e-30)).clamp(max=FOLDED_SCALE)
+        bias = self.bias.double() - (weight * self.mean.double()[:, None]).sum(-1)
+        scale = torch.minimum(FOLDED_PEAK / weight.abs().amax(-1).clamp(min=1e-30),
+                              BIAS_PEAK / bias.abs().clamp(min=1e-30)).clamp(max=FOLDED_SCALE)
         weight = torch.where(self.protected[..., None], 0.0, weight * scale[..., None])
         weight = torch.where(weight.abs() < torch.finfo(torch.half).tiny, 0.0, weight).half().double()
         # the mean meets the rounded weights, so that their rounding moves no score of an average input

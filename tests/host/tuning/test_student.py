@@ -9,6 +9,7 @@ from skipopu.host.errors import RouterError
 from skipopu.host.lora import merged
 from skipopu.host.routers import KV_MODES, Routers
 from skipopu.host.tuning.student import (
+    BIAS_PEAK,
     FOLDED_PEAK,
     FOLDED_SCALE,
     LINEAR_PARTS,
@@ -77,6 +78,18 @@ def test_folded_weights_stay_in_float16_however_small_a_feature_is():
     assert np.abs(difference).max() <= FOLDED_PEAK
     magnitudes = np.abs(difference[difference != 0])
     assert magnitudes.min() >= np.finfo(np.float16).tiny  # the overlay reads subnormal numbers as 0
+
+
+def test_folded_biases_are_those_that_the_overlay_takes():
+    student = make(lora=False)
+    student.mean[1] = 200.0
+    student.bias.data[2, 1] = 300.0
+    difference, bias = student.folded()
+    assert np.abs(bias).max() <= BIAS_PEAK * 1.01 and np.abs(bias[1:]).max() > BIAS_PEAK * 0.5
+    x = torch.randn(50, MODEL.config.hidden, generator=torch.Generator().manual_seed(1)) + student.mean[1]
+    raw = x.double() @ torch.tensor(difference[1].astype(np.float64)).T + torch.tensor(bias[1])
+    scores = student.scores(1, x)
+    assert ((raw >= 0) == (scores >= 0)).float().mean() > 0.97 and 0.05 < (raw >= 0).float().mean() < 0.95
 
 
 def test_without_training_the_lora_factors_change_nothing():

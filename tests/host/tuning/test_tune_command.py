@@ -7,10 +7,12 @@ import pytest
 from skipopu.golden.random_model import random_model, write_gguf
 from skipopu.golden.routed import RoutedReference
 from skipopu.host.cli import main
+from skipopu.host.compiler import compile_model
 from skipopu.host.evaluate import load_sequences
 from skipopu.host.load import load_model
 from skipopu.host.lora import merged
 from skipopu.host.routers import find_routers
+from skipopu.hw.config import preset
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,9 @@ def test_routers_are_written_measured_and_run(folder, capsys):
     assert str(folder) not in routers.notes["command"]
     assert json.loads(routers.notes["settings"])["skip"] == 0.3
     assert np.isfinite(RoutedReference(*merged(model, routers)).forward([1, 2, 3]).numpy()).all()
+    changed, plain = merged(model, routers)
+    compiled = compile_model(changed, preset("tiny"), 8, plain)
+    assert compiled.map.kv == "dense"
 
 
 def test_other_operating_points_are_noted_and_reached(folder, capsys):
