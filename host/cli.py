@@ -125,6 +125,7 @@ def compare(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Toke
             as_json: JsonOption = False) -> None:
     """Run two devices side by side; name the first instruction whose result differs, and exit with 1."""
     from .compare import compare as run
+    from .report import MEMORY, memory_report, skip_report
     from .session import Routing, parse_devices, route_source
     from .session import prompt_tokens as encode
     names = parse_devices(devices)
@@ -142,8 +143,12 @@ def compare(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Toke
             update(first.position, None)
     difference = result.difference
     if as_json:
+        whole = difference is None  # after a difference parts of runs were repeated
+        memory = memory_report(second.stats if whole else (), compiled.config)
+        skipped = skip_report(second.decisions if whole else None)
+        labels = dict.fromkeys(("logits", "generated", *MEMORY, *skipped), "simulated")
         print_json({"devices": names, "config": compiled.config.name, "prompt_tokens": tokens, **result.as_json(),
-                    "labels": {"logits": "simulated", "generated": "simulated"}})
+                    **{name: memory[name] for name in MEMORY}, **skipped, "labels": labels})
     elif difference is None:
         print(f"{' and '.join(names)} are equal bit for bit: {result.logits:,} logits of {result.runs} runs "
               f"(simulated), {len(result.generated)} tokens generated (simulated)")

@@ -13,6 +13,7 @@ import numpy as np
 
 from .errors import RequestError
 from .generation import Generator
+from .report import MEMORY, memory_report
 
 __all__ = ["Evaluation", "evaluate", "load_sequences"]
 
@@ -31,6 +32,8 @@ class Evaluation:
     fed: int = 0  # and where the MLP ran
     both_decided: int = 0  # modules of all tokens for which the reference has routers too
     decided_alike: int = 0
+    kv_bytes_written: int | None = None  # None where the device does not count them
+    weight_bytes_read: int | None = None
 
     def add(self, reference: np.ndarray, device: np.ndarray, targets: np.ndarray) -> None:
         """Count rows of logits, float32 [rows, vocab] each, and the tokens that follow them."""
@@ -53,11 +56,19 @@ class Evaluation:
             self.both_decided += device.size
             self.decided_alike += int((reference == device).sum())
 
+    def add_memory(self, device: Generator) -> None:
+        """Count the bytes of one sequence's runs, where the device does."""
+        found = memory_report(getattr(device, "stats", ()), getattr(device, "config", None))
+        for name in MEMORY:
+            if found[name] is not None:
+                setattr(self, name, (getattr(self, name) or 0) + found[name])
+
     def as_json(self) -> dict[str, Any]:
         """perplexity, reference_perplexity, kl (nats per token, from the reference), top1 (share), tokens.
 
         And of the device's routes, None without routers: skip_attention, skip_mlp (shares of the modules), and
-        decision_agreement (share of the modules that the reference decides alike), None if that has no routers.
+        decision_agreement (share of the modules that the reference decides alike), None if that has no routers. And
+        kv_bytes_written, weight_bytes_read.
         """
         def share(part: int, whole: int) -> float | None:
             return part / whole if whole else None
@@ -68,7 +79,8 @@ class Evaluation:
                   "decision_agreement": share(self.decided_alike, self.both_decided)}
         return {"perplexity": math.exp(self.loss / count),
                 "reference_perplexity": math.exp(self.reference_loss / count), "kl": self.divergence / count,
-                "top1": self.agreed / count, "tokens": count, **routes}
+                "top1": self.agreed / count, "tokens": count, **routes,
+                **{name: getattr(self, name) for name in MEMORY}}
 
     def copy(self) -> Evaluation:
         """What was counted so far, on its own."""
@@ -129,4 +141,5 @@ def evaluate(reference: Generator, device: Generator,
             first += len(got)
             if first == len(tokens):
                 total.add_decisions(None if device is reference else reference.decisions, device.decisions)
+                total.add_memory(device)
             yield total.copy()

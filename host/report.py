@@ -16,8 +16,9 @@ from skipopu.hw.config import OverlayConfig
 from .routers import MODULES
 from .runtime import RunStats
 
-__all__ = ["LABELS", "Timing", "memory_report", "skip_report", "summary_lines"]
+__all__ = ["LABELS", "MEMORY", "Timing", "memory_report", "skip_report", "summary_lines"]
 
+MEMORY = ("kv_bytes_written", "weight_bytes_read")  # what skipping saves
 LABELS = {
     "seconds": "measured", "prompt_seconds": "measured", "tokens_per_second": "measured", "cycles": "simulated",
     "cycles_per_token": "simulated", "bytes_read": "simulated", "bytes_written": "simulated",

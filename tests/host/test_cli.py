@@ -209,6 +209,7 @@ def test_compare_names_the_first_difference(call, model, known_devices):
     assert "functional and wrong differ after 0 tokens" in out
     assert "(layer 0 mlp, layers.0.gate_up): vswiglu " in out and "MBUF row" in out and "expected 0x" in out
     code, out, _ = call(*arguments, "--json")
+    assert json.loads(out)["weight_bytes_read"] is None  # parts of runs were repeated
     difference = json.loads(out)["difference"]
     assert code == 1 and difference["tensor"] == "layers.0.gate_up" and difference["place"] == "MBUF"
 
@@ -330,6 +331,25 @@ def test_compare_and_eval_with_routers(call, model, folder):
     assert routed["kl"] > 0.01 and routed["decision_agreement"] is None
     out, _ = call.good(*evaluation, *routers)
     assert "of the decisions are the reference's" in out
+
+
+def test_compare_and_eval_count_what_skipping_saves(call, model, folder):
+    commands = (("compare", *model, *PROMPT, *TINY, "-n", 4, "--devices", "functional,functional"),
+                ("eval", *model, "--tokens", folder / "tokens.npz", *TINY, "--limit", 2))
+    for command in commands:
+        plain, nothing, half = (call.json(*command, *extra) for extra in (
+            (), ("--force-skip", 0, "--kv", "reuse"), ("--force-skip", 0.5, "--kv", "reuse")))
+        assert plain["skip_attention"] is None and (nothing["skip_attention"], nothing["skip_mlp"]) == (0, 0)
+        assert half["skip_attention"] > 0.2 and half["skip_mlp"] > 0.2
+        for name in ("kv_bytes_written", "weight_bytes_read"):
+            assert half[name] < nothing[name] == plain[name]
+            assert half["labels"][name] == "simulated"
+    generated = call.json("generate", *model, *PROMPT, *TINY, "-n", 4, "--force-skip", 0.5)
+    compared = call.json(*commands[0], "--force-skip", 0.5)
+    assert compared["generated"] == generated["tokens"]
+    for name in ("skip_attention", "skip_mlp", "kv_bytes_written"):  # but weights: compare reads the head for each row
+        assert compared[name] == generated[name]
+    assert call.json(*commands[1], "--device", "reference")["weight_bytes_read"] is None
 
 
 def test_routes_are_drawn(call, model, tmp_path):
