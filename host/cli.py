@@ -16,6 +16,7 @@ from skipopu.hw.config import PRESETS, preset
 from . import board_commands
 from .bitstream_command import bitstream
 from .console import note, print_json, progress, whole_file
+from .performance import command as performance_commands
 from .tuning.command import tune
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ app = typer.Typer(name="skipopu", no_args_is_help=True, add_completion=False, pr
                   help="Run language models on an open FPGA overlay processor: on its RTL, its bit-exact model, or "
                        "the float reference.")
 app.command()(tune)
-for _command in (board_commands.export, board_commands.devices, board_commands.selftest, bitstream):
+for _command in (board_commands.export, board_commands.devices, board_commands.selftest, bitstream,
+                 performance_commands.fit):
     app.command()(_command)
 
 ModelOption = Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hugging Face folder, bundle, or a name "

@@ -11,6 +11,9 @@ first of its weights (`passes.load_order` checks it).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
 from skipopu.hw.config import OverlayConfig
 from skipopu.hw.formats import fp32_bits
 from skipopu.hw.isa import (
@@ -26,7 +29,7 @@ from skipopu.hw.isa import (
 
 from .compiled import Compiled, ImageMap
 from .errors import RouterError
-from .image import ImageBuilder
+from .image import ImageBuilder, WeightStream
 from .layout import ceil_div, row_superbeats
 from .model import Model
 from .passes.check import check_program
@@ -35,7 +38,7 @@ from .plan import Plan, make_plan
 from .program import WORD_BYTES, Builder, Program, vector_imm
 from .routers import Routers
 
-__all__ = ["compile_model"]
+__all__ = ["Placement", "compile_model", "emit_program"]
 
 _TILES, _INDEX, _LIMIT, _OFFSET, _TOKEN, _FIRST = (
     Register.T0, Register.T1, Register.T2, Register.T3, Register.T4, Register.T5)
@@ -61,7 +64,7 @@ def compile_model(model: Model, config: OverlayConfig, context: int | None = Non
             raise RouterError("routers with LoRA factors need a model that holds them; merge them first")
     plan = make_plan(config, model.config, context, routers.kv if routers else "")
     image = ImageBuilder(plan, model, routers)
-    program = _Emitter(plan, model, image, routers, fused).run()
+    program = emit_program(plan, image, None if routers is None else router_biases(routers).tolist(), fused)
     image.memory.add("program", ceil_div(len(program.words) * WORD_BYTES * 8, config.port_bits))
     if check:
         check_program(program, plan, image.memory.regions)
@@ -74,23 +77,37 @@ def compile_model(model: Model, config: OverlayConfig, context: int | None = Non
             model=settings.name, identity=model.identity, kv=plan.kv, bos_id=settings.bos_id, eos_ids=settings.eos_ids))
 
 
+class Placement(Protocol):
+    """Where a program finds what it loads: addresses of regions, and the weights of each matmul by name."""
+
+    @property
+    def weights(self) -> Mapping[str, WeightStream]: ...
+
+    def address(self, name: str) -> int: ...
+
+
+def emit_program(plan: Plan, image: Placement, biases: Sequence[Sequence[int]] | None, fused: bool = True) -> Program:
+    """The program for a plan and a memory image. biases : of the routers of each layer, None without routers"""
+    return _Emitter(plan, image, biases, fused).run()
+
+
 class _Emitter:
     """Writes the instructions of one program.
 
     attending, feeding : the rows that execute the attention and the MLP of a layer; without routers all
     """
 
-    def __init__(self, plan: Plan, model: Model, image: ImageBuilder, routers: Routers | None, fused: bool) -> None:
-        self.fused = fused
-        self.plan, self.model, self.image, self.config = plan, model, image, plan.config
-        self.biases = None if routers is None else router_biases(routers).tolist()
-        self.attending, self.feeding = (RowList.ATTENTION, RowList.MLP) if routers else (RowList.ALL, RowList.ALL)
+    def __init__(self, plan: Plan, image: Placement, biases: Sequence[Sequence[int]] | None, fused: bool) -> None:
+        self.fused, self.biases = fused, biases
+        self.plan, self.model, self.image, self.config = plan, plan.model, image, plan.config
+        self.attending, self.feeding = ((RowList.ALL, RowList.ALL) if biases is None else
+                                        (RowList.ATTENTION, RowList.MLP))
         self.build = Builder()
         self.on_chip = plan.addresses()
 
     def run(self) -> Program:
         self._prologue()
-        for layer in range(self.model.config.layers):
+        for layer in range(self.model.layers):
             self._attention(layer)
             self._mlp(layer)
         self._head()
@@ -98,7 +115,7 @@ class _Emitter:
 
     def _prologue(self) -> None:
         plan, emit, on_chip = self.plan, self.build.emit, self.on_chip
-        settings = self.model.config
+        settings = self.model
         self.build.at(-1, "setup")
         emit("vset", imm=fp32_bits(1 / settings.hidden), eps=fp32_bits(settings.rms_eps))
         tile = self.config.tile_tokens
@@ -276,7 +293,7 @@ class _Emitter:
     def _attention_tiles(self, layer: int) -> None:
         """Online softmax over the KV tiles 0 .. ceil((POSITION + TOKENS) / tile) - 1."""
         plan, emit, on_chip, config = self.plan, self.build.emit, self.on_chip, self.config
-        heads = {"rows_reg": Register.TOKENS, "heads": self.model.config.kv_heads, "groups": plan.groups}
+        heads = {"rows_reg": Register.TOKENS, "heads": self.model.kv_heads, "groups": plan.groups}
         tile, lanes = plan.beats(config.tile_tokens), plan.rows(config.tile_tokens)
         head, head_rows, out = plan.beats(plan.head_dim), plan.rows(plan.head_dim), plan.beats(plan.q_width)
         score = heads | {"beats": tile, "row_stride": tile, "group_stride": plan.chunk * tile,
@@ -291,7 +308,7 @@ class _Emitter:
         if reuse:
             emit("addi", rd=_FIRST)
         loop = emit("loadkv", reads=_R.KVMEM, imm=self.image.address(f"kv.{0 if reuse else layer}"), imm_reg=_OFFSET,
-                    heads=self.model.config.kv_heads, head_beats=plan.head_dim // config.beat_elements,
+                    heads=self.model.kv_heads, head_beats=plan.head_dim // config.beat_elements,
                     record=plan.record, **history)
         emit("matmul", reads=_R.MQ, x=on_chip["mq"], mode=MatmulMode.QK, **heads,
              n_tiles=config.tile_tokens // config.columns, k_tiles=head_rows, row_stride=plan.rows(plan.q_width),
@@ -315,7 +332,7 @@ class _Emitter:
     def _mlp(self, layer: int) -> None:
         plan = self.plan
         name = f"layers.{layer}."
-        last = layer == self.model.config.layers - 1
+        last = layer == self.model.layers - 1
         if last:
             self._load_gain("final_norm", 0)
         else:
@@ -335,7 +352,7 @@ class _Emitter:
         skip = emit("halt")
         emit("muli", rd=_OFFSET, imm_reg=Register.HEAD_ROW, x=plan.rows(plan.hidden))
         self._matmul("head", _R.MX, "mx", plan.hidden, plan.logits_width, _OFFSET, Register.HEAD_ROWS)
-        emit("vlogits", imm=self.model.config.vocab, rows_reg=Register.HEAD_ROWS, x_reg=Register.HEAD_ROW, heads=1,
+        emit("vlogits", imm=self.model.vocab, rows_reg=Register.HEAD_ROWS, x_reg=Register.HEAD_ROW, heads=1,
              groups=1, beats=plan.beats(plan.logits_width), scale=RowScale.RSQRT)
         emit("storel", writes=_R.LOGITS, imm=self.image.address("logits"), rows_reg=Register.HEAD_ROWS,
              count=row_superbeats(self.config, plan.logits_width))

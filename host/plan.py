@@ -15,7 +15,7 @@ from .errors import CapacityError, CompileError
 from .layout import ceil_div, kv_tile_superbeats, pad_to, record_beats, row_superbeats
 from .model import ModelConfig
 
-__all__ = ["DEFAULT_CONTEXT", "Plan", "make_plan"]
+__all__ = ["DEFAULT_CONTEXT", "Plan", "make_plan", "shortages"]
 
 DEFAULT_CONTEXT = 2048
 _INNER_LIMIT = (1 << 16) - 1  # inner size of a matmul for which 48 accumulator bits are enough
@@ -175,6 +175,11 @@ class Plan:
 
 def _shortage(plan: Plan) -> tuple[str, int, int] | None:
     return next((item for item in plan.requirements() if item[1] > item[2]), None)
+
+
+def shortages(config: OverlayConfig, model: ModelConfig, context: int, kv: str = "") -> list[tuple[str, int, int]]:
+    """(limit, needed, available) of everything that is too small for even one row at a time."""
+    return [item for item in _largest(config, model, context, kv).requirements() if item[1] > item[2]]
 
 
 def _largest(config: OverlayConfig, model: ModelConfig, context: int, kv: str) -> Plan:

@@ -61,7 +61,7 @@ def _take(array: np.ndarray, index: np.ndarray, axis: int) -> np.ndarray:
     return taken
 
 
-def _block_groups(padding: Padding, block: int) -> np.ndarray | None:
+def block_groups(padding: Padding, block: int) -> np.ndarray | None:
     """The group of 32 source features each block of padded features takes its scale from, -1 for an all-zero block.
 
     None if some block would need the scales of two groups.
@@ -78,7 +78,7 @@ def lower_linear(config: OverlayConfig, name: str, tensor: QuantTensor, rows: Pa
 
     rows, cols : how output and input features are padded; ``cols`` to whole lanes
     """
-    groups = _block_groups(cols, config.block)
+    groups = block_groups(cols, config.block)
     if tensor.codes is None or groups is None:
         reason = "is " + tensor.kind if tensor.codes is None else f"({tensor.kind}) has groups across padded heads"
         notes.append(f"{name} {reason}: quantised to q8_0")

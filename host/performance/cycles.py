@@ -1,0 +1,476 @@
+"""The cycle model: what a run of a program costs, from its instructions alone.
+
+The program is walked as control would; every instruction gets the cycles in which it leaves control, begins and ends.
+What the model knows: the order of each unit, hazards between units, the depth of the queues, one superbeat per cycle
+from memory as far ahead as the FIFOs reach, the cost of every tile of the array, results on their way from the array
+to the vector unit, and the latencies of the pipelines (`timing.Cycles`). No values are computed, so a model of any size
+takes seconds; decisions of routers are arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from skipopu.hw.config import OverlayConfig
+from skipopu.hw.isa import MatmulMode, Unit
+
+from ..passes.check import TAKES_STREAM
+from ..passes.walk import Arguments, Decide, walk
+from ..program import WORD_BYTES, Program
+from ..timeline import Span
+from .memory import Channel, IdealMemory, Superbeats
+from .timing import Cycles
+
+__all__ = ["Predicted", "predict"]
+
+_WEIGHTS = (MatmulMode.W4, MatmulMode.W4M, MatmulMode.W8)
+_NO_BEATS = ("vset", "vinit", "vbias")
+
+
+@dataclass(eq=False, slots=True)
+class _Command:
+    """One instruction on its way; -1 is not known yet.
+
+    dispatch : leaves control; enter : into the queue of its unit; pop : out of it; start, done : of its execution
+    rows : of its list; before : the one before it in its unit; after : those of other units that must be done before
+    left : superbeats that a load has to deliver
+    """
+
+    pc: int
+    unit: Unit
+    mnemonic: str
+    fields: dict[str, int]
+    dispatch: int
+    enter: int = -1
+    pop: int = -1
+    start: int = -1
+    done: int = -1
+    dropped: bool = False
+    rows: int = 0
+    before: _Command | None = None
+    after: list[_Command] = field(default_factory=list)
+    left: int = 0
+
+
+@dataclass(eq=False)
+class Predicted:
+    """One run as the cycle model sees it.
+
+    cycles : as the counter of that name; superbeats, weight_superbeats, kv_superbeats : read
+    beats_written : port beats written; kv_written : of them records
+    array_rows : cycles in which the array multiplies; tile_cycles : what its tiles take if nothing keeps them waiting
+    vector_beats : beats of all vector instructions
+    spans : every instruction in the order of dispatch
+    moved : first and last cycle of each stretch in which data arrive from memory
+    """
+
+    cycles: int = 0
+    superbeats: int = 0
+    weight_superbeats: int = 0
+    kv_superbeats: int = 0
+    beats_written: int = 0
+    kv_written: int = 0
+    array_rows: int = 0
+    tile_cycles: int = 0
+    vector_beats: int = 0
+    spans: list[Span] = field(default_factory=list)
+    moved: list[tuple[int, int]] = field(default_factory=list)
+
+    def bytes_read(self, config: OverlayConfig) -> int:
+        return self.superbeats * config.superbeat_bytes
+
+
+def predict(config: OverlayConfig, program: Program, arguments: Arguments, *, tokens: Sequence[int] = (),
+            channel: Channel | None = None, decide: Decide | None = None, program_at: int = 0,
+            cycles: Cycles | None = None) -> Predicted:
+    """One run of a program with ideal memory, or the given one.
+
+    tokens : the token table, for the addresses of embeddings; decide : rows that execute, of each layer, in place of
+    ``arguments.routes``; program_at : superbeat address of the program
+    """
+    machine = _Machine(config, program, channel or IdealMemory(), cycles or Cycles(),
+                       program_at * config.port_bits // 8 // WORD_BYTES)
+    return machine.run(arguments, tokens, decide)
+
+
+class _Machine:
+    def __init__(self, config: OverlayConfig, program: Program, channel: Channel, cycles: Cycles, offset: int) -> None:
+        self.config, self.program, self.cycles, self.channel = config, program, cycles, channel
+        self.found = Predicted()
+        self.all: list[_Command] = []
+        self.units: dict[Unit, list[_Command]] = {unit: [] for unit in Unit}
+        self.readers: dict[int, dict[Unit, _Command]] = {1 << bit: {} for bit in range(16)}
+        self.writers: dict[int, dict[Unit, _Command]] = {1 << bit: {} for bit in range(16)}
+        self.slot = 0  # cycle in which the last command entered its queue
+        # fetch
+        self.offset, self.slots = offset % cycles.line_words, config.cache_words // cycles.line_words
+        self.port = channel.fetch_port()
+        self.lines: dict[int, tuple[int, int]] = {}  # slot -> (line, valid from)
+        self.fill, self.filled = 0, 0
+        self.filling: deque[int] = deque()
+        # loads
+        self.stream = Superbeats(config, channel, cycles)
+        self.stream.feed, self.stream.deliver = self._request_load, self._deliver
+        self.requested = 0  # loads
+        self.loader = 0  # cycle in which the load unit can take the next command, or prepare the next record
+        self.runs: deque[tuple[int, int]] = deque()  # count, address: of the load that is being requested
+        self.following = False  # it follows the history
+        self.jobs: deque[_Command] = deque()  # loads requested, not delivered
+        self.kv_tiles: list[int] = []  # cycle in which the last superbeat of each KV tile was written
+        self.kv_read = {MatmulMode.QK: 0, MatmulMode.PV: 0}
+        self.released: list[int] = []
+        # array
+        self.waiting: deque[_Command] = deque()  # compute commands whose results nobody takes yet
+        self.array_free = 0
+        self.drained = deque([-1, -1], 2)  # last two column tiles
+        self.results = deque([-1, -1], 2)  # last two matmuls: their last result was drained
+        self.drain, self.issued = -1, -1  # last beat drained, taken by the vector unit
+        self.vector_free = 0
+        self.logits = 0  # cycle of the last beat of logits
+
+    # ---- control ---------------------------------------------------------------------------------------------------
+    def run(self, arguments: Arguments, tokens: Sequence[int], decide: Decide | None) -> Predicted:
+        cycles, last_pc, execute, scalar = self.cycles, -2, 0, True
+        read = take = -1  # cycles in which the word was read from the cache, and taken by control
+        for pc, mnemonic, unit, fields in walk(self.program, arguments, tokens, decide):
+            if pc != last_pc + 1:  # the first, or behind a branch
+                read = execute + 1
+                self._request_lines(pc, read)
+            read = max(read if pc != last_pc + 1 else take, self._line_valid(pc))
+            take = max(read + 1, execute + 1 if scalar else execute)
+            self._request_lines(pc + 1, read + 1)
+            execute, last_pc, scalar = take + 1, pc, False
+            if not fields["mask"]:
+                self.all.append(_Command(pc, Unit.CONTROL, mnemonic, fields, execute, start=execute, done=execute,
+                                         dropped=True))
+                continue
+            if unit != Unit.CONTROL:
+                execute = self._dispatch(pc, unit, mnemonic, fields, execute)
+                continue
+            scalar = True
+            if mnemonic == "token":
+                execute += cycles.wait
+            elif mnemonic == "route":
+                vectors = self.units[Unit.VECTOR]
+                execute = max(execute + cycles.wait, self._done(vectors[-1]) + 1 if vectors else 0)
+            elif mnemonic == "halt":
+                execute = max(execute, self._finish() + cycles.halt)
+            self.all.append(_Command(pc, unit, mnemonic, fields, execute, start=execute, done=execute))
+        found = self.found
+        found.cycles = execute + cycles.start
+        found.superbeats, found.moved = self.stream.taken, self.stream.moved
+        found.spans = [Span(c.pc, c.unit, c.dispatch, c.start, c.done, c.dropped) for c in self.all]
+        return found
+
+    def _line_valid(self, pc: int) -> int:
+        """Cycle from which the line of a word is in the cache."""
+        return self.lines[(pc + self.offset) // self.cycles.line_words % self.slots][1]
+
+    def _request_lines(self, pc: int, now: int) -> None:
+        """Fetch comes to a word: it requests its line and those behind it, unless they are there."""
+        cycles, slots = self.cycles, self.slots
+        line = (pc + self.offset) // cycles.line_words
+        last = (len(self.program.words) - 1 + self.offset) // cycles.line_words
+        for ahead in range(line, min(line + min(cycles.prefetch, slots - 1), last) + 1):
+            held, arrives = self.lines.get(ahead % slots, (-1, 0))
+            if held == ahead:
+                continue
+            at = max(now, self.fill + 1, arrives)
+            if len(self.filling) >= cycles.prefetch:
+                at = max(at, self.filling.popleft() + 1)
+            _, arrived = self.port.read(at + 1, cycles.line_words, ahead * cycles.line_words)
+            self.filled = math.ceil(arrived) + cycles.fetch
+            self.fill = at
+            self.filling.append(self.filled)
+            self.lines[ahead % slots] = (ahead, self.filled)
+
+    def _dispatch(self, pc: int, unit: Unit, mnemonic: str, fields: dict[str, int], execute: int) -> int:
+        """Hand a command to its unit; returns the cycle in which it leaves control."""
+        queue = self.units[unit]
+        push = max(execute, self.slot)
+        if len(queue) >= self.cycles.window:
+            push = max(push, self._done(queue[-self.cycles.window]) + 1)
+        enter = push + 1
+        if len(queue) >= self.config.queue_depth:
+            enter = max(enter, self._popped(queue[-self.config.queue_depth]) + 1)
+        self.slot = enter
+        command = _Command(pc, unit, mnemonic, fields, push, enter, before=queue[-1] if queue else None)
+        command.rows = (fields["mask"] & ((1 << fields["rows"]) - 1)).bit_count()
+        self._find_hazards(command)
+        self.all.append(command)
+        queue.append(command)
+        match unit:
+            case Unit.COMPUTE:
+                self.waiting.append(command)
+            case Unit.VECTOR:
+                self._vector(command)
+            case Unit.STORE:
+                self._store(command)
+        if unit == Unit.COMPUTE and mnemonic == "dropw" and len(self.waiting) == 1:
+            self._drop(self.waiting.popleft())
+        return push
+
+    def _find_hazards(self, command: _Command) -> None:
+        reads, writes = command.fields["reads"], command.fields["writes"]
+        for bit in self.readers:
+            if (reads | writes) & bit:
+                command.after += [other for unit, other in self.writers[bit].items() if unit != command.unit]
+            if writes & bit:
+                command.after += [other for unit, other in self.readers[bit].items() if unit != command.unit]
+        for bit in self.readers:
+            if reads & bit:
+                self.readers[bit][command.unit] = command
+            if writes & bit:
+                self.writers[bit][command.unit] = command
+
+    def _arrive(self, command: _Command, free: int) -> int:
+        """The command is taken by its unit, which is free from a cycle on; returns the cycle."""
+        before = command.before
+        ready = max((self._done(other) + self.cycles.unblock for other in command.after), default=0)
+        command.pop = max(command.enter + 1, ready, max(before.start, before.pop + 1) if before else 0)
+        command.start = max(command.pop + 1, free)
+        return command.start
+
+    def _done(self, command: _Command) -> int:
+        """Cycle in which a command is done."""
+        while command.done < 0:
+            if command.unit != Unit.LOAD:
+                raise AssertionError(f"{command.mnemonic} at {command.pc} is waited for before its results are taken")
+            self._deliver()
+        return command.done
+
+    def _popped(self, command: _Command) -> int:
+        """Cycle in which a command has left its queue."""
+        while command.pop < 0:
+            if command.unit != Unit.LOAD:
+                raise AssertionError(f"{command.mnemonic} at {command.pc} keeps the queue of its unit full")
+            self.stream.request_run()
+        return command.pop
+
+    def _finish(self) -> int:
+        return max((self._done(queue[-1]) for queue in self.units.values() if queue), default=0)
+
+    # ---- loads ---------------------------------------------------------------------------------------------------
+    def _request_load(self) -> bool:
+        """The readers have requested everything: the next command gets there. False if there is none."""
+        loads = self.units[Unit.LOAD]
+        if self.runs:
+            return self._request_run()
+        if self.requested == len(loads):
+            return False
+        config, cycles, index = self.config, self.cycles, self.requested
+        command, fields = loads[index], loads[index].fields
+        self.requested += 1
+        if index >= cycles.ahead:  # a job leaves its queue when the one before is delivered
+            self._done(loads[index - cycles.ahead])
+        start = self._arrive(command, self.loader)
+        check = start + 2
+        if index > cycles.ahead:
+            check = max(check, self._done(loads[index - cycles.ahead - 1]) + 1)
+        if command.mnemonic == "loadkv":
+            records = config.tile_tokens // config.ports
+            command.left = records * fields["record"]
+            runs = [fields["record"]] * records if fields["reuse"] else [command.left]
+        else:
+            command.left = fields["count"] * (fields["rows"] if command.mnemonic == "loada" else 1)
+            runs = [command.left] if command.left else []
+        self.jobs.append(command)
+        self.loader = check + 1
+        self.runs += [(count, fields["imm"] + count * number) for number, count in enumerate(runs)]
+        self.following = bool(fields.get("reuse"))
+        return bool(runs) and self._request_run() or self._request_load()
+
+    def _request_run(self) -> bool:
+        """The next run of the load that is being requested goes to the readers."""
+        count, address = self.runs.popleft()
+        taken = self.stream.add_run(self.loader + self.cycles.record * self.following, count, address)
+        self.loader = taken + self.cycles.reload
+        return True
+
+    def _deliver(self) -> None:
+        """Deliver the load in front to a receiver that is not the array."""
+        if not self.jobs:
+            self.stream.request_run()
+        command = self.jobs.popleft()
+        if command.mnemonic == "loadw":
+            raise AssertionError(f"loads wait behind the weights of {command.pc}, which nobody takes")
+        stream = self.stream
+        if command.mnemonic == "loadkv":
+            number = len(self.kv_tiles)
+            stream.take(command.left, self.released[number - 2] + 1 if number > 1 else 0)
+            self.kv_tiles.append(stream.gives)
+            self.found.kv_superbeats += command.left
+        else:
+            self._deliver_rows(command)
+        command.done = stream.gives + 1
+
+    def _deliver_rows(self, command: _Command) -> None:
+        parts = self.config.superbeat_bytes // (4 * self.config.vector_lanes)
+        beats, count = command.fields["beats"], command.fields["count"]
+        for _ in range(command.fields["rows"]):
+            whole, rest = divmod(beats, parts)
+            whole = min(whole, count)
+            if whole:
+                self.stream.take(whole, 0, parts)
+            if count > whole:
+                self.stream.take(count - whole, 0, min(rest + 1, parts) if count == whole + 1 else 1)
+
+    def _take_weights(self, count: int, ready: int) -> int:
+        """Superbeats for the array, which takes one a cycle from ``ready`` on; returns the cycle of the last."""
+        while count:
+            while not self.jobs or self.jobs[0].mnemonic != "loadw" or not self.jobs[0].left:
+                if not self.jobs:
+                    self.stream.request_run()
+                elif self.jobs[0].mnemonic == "loadw":
+                    self.jobs.popleft().done = self.stream.gives + 1
+                else:
+                    self._deliver()
+            job = self.jobs[0]
+            part = min(count, job.left)
+            self.stream.take(part, ready)
+            ready = self.stream.gives + 1
+            job.left -= part
+            count -= part
+            self.found.weight_superbeats += part
+            if not job.left:
+                job.done = self.stream.gives + 1
+                self.jobs.popleft()
+        return self.stream.gives
+
+    # ---- array -----------------------------------------------------------------------------------------------------
+    def _begin(self, command: _Command) -> int:
+        """The compute unit takes a command."""
+        return self._arrive(command, self.array_free)
+
+    def _drop(self, command: _Command) -> None:
+        begin = self._begin(command)
+        last = self._take_weights(command.fields["count"], begin + 1) if command.fields["count"] else begin
+        command.done = last + 1
+        self.array_free = last + 2
+
+    def _array(self, consumer: _Command) -> int:
+        """Run the matmul whose results a vector instruction takes; returns the cycle of the last beat taken."""
+        command = self.waiting.popleft()
+        while command.mnemonic == "dropw":
+            self._drop(command)
+            command = self.waiting.popleft()
+        config, cycles, found, f = self.config, self.cycles, self.found, command.fields
+        self.array_free = max(self.array_free, self.results[0] + 1)
+        begin = self._begin(command)
+        self._arrive(consumer, self.vector_free)
+        self.issued = max(self.issued, consumer.start)
+        mode, rows = MatmulMode(f["mode"]), command.rows * f["groups"]
+        planes = 2 if mode == MatmulMode.W8 else 1
+        inner = f["k_tiles"] * planes
+        weights = mode in _WEIGHTS
+        vectors = config.columns // config.vector_lanes
+        ready = begin + 1
+        if weights:
+            chunk, per_chunk = config.scale_chunk(mode == MatmulMode.W4M)
+            tile = config.tile_beats
+        else:
+            tile = config.lanes * config.columns // (config.ports * config.beat_elements)
+            ready = self._kv_ready(mode, begin)
+        number, end, ahead = 0, begin, int(cycles.shadow)  # number: of a tile in the stream; end: its last row
+        found.array_rows += f["heads"] * f["n_tiles"] * inner * rows
+        found.tile_cycles += f["heads"] * f["n_tiles"] * inner * max(tile + (0 if ahead else rows - 1), rows)
+        for _ in range(f["heads"]):
+            left = f["beats"]
+            for _ in range(f["n_tiles"]):
+                bank = self.drained[0] + 1
+                if not weights:
+                    first = max(ready + tile - 1 + ahead, end + 1, bank)
+                    end = first + rows - 1 + (inner - 1) * max(tile + (0 if ahead else rows - 1), rows)
+                    ready = end - rows + 1 if ahead else end + 1
+                elif rows == 1:
+                    first_beats = tile + (0 if number % per_chunk else chunk)
+                    first = max(self._take_weights(first_beats, ready) + ahead, bank)
+                    chunks = -(-(number + f["k_tiles"]) // per_chunk) - (number // per_chunk + 1)
+                    rest = (inner - 1) * tile + chunks * chunk
+                    end = self._take_weights(rest, first + 1 - ahead) + ahead if rest else first
+                    ready = end + 1 - ahead
+                    number += f["k_tiles"]
+                else:
+                    for k in range(f["k_tiles"]):
+                        for plane in range(planes):
+                            beats = tile + (chunk if not plane and not number % per_chunk else 0)
+                            first = max(self._take_weights(beats, ready) + ahead, end + 1)
+                            if not k and not plane:
+                                first = max(first, bank)
+                            end = first + rows - 1
+                            ready = first if ahead else end + 1
+                        number += 1
+                beats = min(vectors, left) * rows
+                left -= min(vectors, left)
+                if not beats:
+                    beats = rows
+                drain = max(end + cycles.array, self.drain + 1, self.issued)
+                issue = max(drain + 1, self.issued + 1)
+                self.issued = issue + beats - 1
+                self.drain = drain if beats == 1 else max(drain + beats - 1, self.issued - 1)
+                self.drained.append(self.drain)
+        self.results.append(self.drain)
+        command.done = end + 1
+        self.array_free = end + 2
+        if mode == MatmulMode.PV:
+            self.released.append(end)
+        return self.issued
+
+    def _kv_ready(self, mode: MatmulMode, begin: int) -> int:
+        """Cycle of the first superbeat of a KV tile for a matmul that begins."""
+        number = self.kv_read[mode]
+        self.kv_read[mode] += 1
+        while len(self.kv_tiles) <= number:
+            self._deliver()
+        return max(begin, self.kv_tiles[number]) + self.cycles.kv
+
+    # ---- vector and store ------------------------------------------------------------------------------------------
+    def _vector(self, command: _Command) -> None:
+        name, f, cycles = command.mnemonic, command.fields, self.cycles
+        if name in TAKES_STREAM:
+            last = self._array(command)
+            beats = f["heads"] * f["groups"] * f["beats"] * command.rows
+        elif name in _NO_BEATS:
+            command.done = self._arrive(command, self.vector_free) + 1
+            self.vector_free = command.done + 1
+            return
+        else:
+            beats = f["heads"] * f["groups"] * f["beats"] * command.rows
+            last = self._arrive(command, self.vector_free) + beats
+        self.found.vector_beats += beats
+        command.done = last + cycles.done.get(name, cycles.done_else)
+        self.vector_free = max(command.done + 1, last + cycles.scalars.get(name, 0))
+        if name == "vlogits":
+            self.logits = last
+
+    def _store(self, command: _Command) -> None:
+        config, cycles, f = self.config, self.cycles, command.fields
+        start = self._arrive(command, command.before.done + 1 if command.before else 0)
+        if command.mnemonic == "storel":
+            count, port = f["rows"] * f["count"], None
+            last = max(start + cycles.store, self.logits + cycles.logits)
+            self.found.beats_written += count * config.ports
+            responses = [self._write(last, count, f["imm"], None)]
+        else:
+            last, responses = start + cycles.store - 1, []
+            for row in range(f["rows"]):
+                if not f["mask"] >> row & 1:
+                    last += 1
+                    continue
+                last += f["record"]
+                position = f["x"] + row
+                address, port = f["imm"] + position // config.ports * f["record"], position % config.ports
+                responses.append(self._write(last, f["record"], address, port))
+                last += cycles.record_end
+                self.found.beats_written += f["record"]
+                self.found.kv_written += f["record"]
+        command.done = int(max(responses, default=last)) + cycles.settle
+
+    def _write(self, last: int, beats: int, address: int, port: int | None) -> float:
+        """Response to a run whose last beat is handed to its writer in a cycle."""
+        burst = min((address + beats - 1) % self.config.burst_beats + 1, beats)  # those before it are on their way
+        return self.channel.write(last + self.cycles.write + burst, burst, address + beats - burst, port)
+

@@ -1,0 +1,217 @@
+"""Does a model fit a configuration, what bounds it, and how fast would it be? Predictions by the cycle model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from skipopu.hw.config import OverlayConfig
+
+from ..errors import CapacityError, RequestError
+from ..model import Model, ModelConfig
+from ..passes.walk import Arguments
+from ..plan import shortages
+from ..routes import RandomRoutes, words_of_routes
+from .cycles import Predicted, predict
+from .memory import Channel, memory_model
+from .outline import Kind, Outline, outline
+
+__all__ = ["Fit", "Workload", "bound", "fit", "kinds_of", "route_words", "run_at", "terms"]
+
+CORE_MHZ = 225  #: of the overlay on the cards, as of the memory model
+_SAMPLES = 3  # positions of decode between the first and the last: the cost grows linearly between them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is asked of a model: ``prompt`` tokens read, then ``count`` generated.
+
+    skip : share of the modules that tokens skip; kv : mode for those that skip attention, "" without routers
+    kind : of the weights, see `outline`; memory : model of it, see `memory.MODELS`; seed : of the skipped modules
+    """
+
+    prompt: int = 128
+    count: int = 1024
+    skip: float = 0.0
+    kv: str = ""
+    kind: str | Kind = "q4_0"
+    memory: str = "hbm"
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        if self.prompt < 1 or self.count < 1:
+            raise RequestError(f"prompt and count must be at least 1 token, not {self.prompt} and {self.count}")
+        if self.skip and not self.kv:
+            raise RequestError("tokens that skip modules need a KV mode; give --kv reuse or --kv dense")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What a model needs and reaches. All figures are predicted.
+
+    chunk : rows processed together; port_bytes : memory needed behind each port; port_capacity : what the card has,
+        None for a configuration of no card; parts : bytes of each kind of contents
+    cycles_per_token, bytes_per_token : means over the generated tokens; prefill_cycles : of the whole prompt
+    terms : cycles per token that each resource needs by itself; bound : the largest of them, see `bound`
+    share_of_peak, share_of_memory : bytes moved in decode, of what the ports can carry and of what memory can deliver
+    """
+
+    chunk: int
+    port_bytes: int
+    port_capacity: int | None
+    parts: dict[str, int]
+    cycles_per_token: float
+    bytes_per_token: float
+    prefill_cycles: float
+    terms: dict[str, float]
+    bound: str
+    share_of_peak: float
+    share_of_memory: float
+    core_mhz: float = CORE_MHZ
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.core_mhz * 1e6 / self.cycles_per_token
+
+    @property
+    def fits_memory(self) -> bool:
+        return self.port_capacity is None or self.port_bytes <= self.port_capacity
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in (*self.__dataclass_fields__, "tokens_per_second", "fits_memory")}
+
+
+def kinds_of(model: Model) -> Kind:
+    """The kinds of weights that the compiler makes of a model's tensors, by the name of a matmul."""
+    def kind(name: str) -> str:
+        if name == "head":
+            return _kind_of(model, "embedding" if model.config.tied_head else "head")
+        if not name.endswith("gate_up"):
+            return _kind_of(model, name)
+        pair = {_kind_of(model, name.replace("gate_up", part)) for part in ("gate", "up")}
+        return pair.pop() if len(pair) == 1 else "q4_1" if pair == {"q4_0", "q4_1"} else "q8_0"
+    return kind
+
+
+def _kind_of(model: Model, name: str) -> str:
+    tensor = model.tensors[name]
+    return "q8_0" if tensor.codes is None else tensor.kind
+
+
+def route_words(workload: Workload, layers: int, position: int, tokens: int) -> tuple[tuple[int, int], ...]:
+    """The rows that execute attention and MLP of each layer, () without routers."""
+    if not workload.kv:
+        return ()
+    words = words_of_routes(RandomRoutes(workload.skip, workload.seed).bits(layers, position, tokens))
+    return tuple(zip(words[::2], words[1::2]))
+
+
+def run_at(program: Outline, workload: Workload, position: int, tokens: int, head_rows: int,
+           channel: Channel | None = None) -> Predicted:
+    """One run of the program under a workload."""
+    routes = route_words(workload, program.plan.model.layers, position, tokens)
+    return predict(program.config, program.program, Arguments(position, tokens, tokens - head_rows, head_rows, routes),
+                   channel=channel or memory_model(workload.memory, program.config),
+                   program_at=program.regions["program"][0])
+
+
+def terms(run: Predicted, channel: Channel) -> dict[str, float]:
+    """Cycles that each resource needs if nothing else takes time, and the cycles that none of them explains.
+
+    memory : superbeats at the rate that memory delivers; array : tiles loaded and rows multiplied; vector : beats
+    latency : the run beyond the largest of these: pipelines that fill and empty, and waiting for each other
+    """
+    found = {"memory": run.superbeats / channel.share, "array": float(run.tile_cycles),
+             "vector": float(run.vector_beats)}
+    return found | {"latency": max(run.cycles - max(found.values()), 0.0)}
+
+
+def bound(found: dict[str, float]) -> str:
+    """The term that dominates."""
+    return max(found, key=lambda name: found[name])
+
+
+def fit(model: ModelConfig, config: OverlayConfig, workload: Workload,
+        log: Callable[[str], None] = lambda line: None) -> Fit:
+    """Predict a workload. log : is told what is being predicted
+
+    Raises CapacityError with everything that is too small, CompileError for a context beyond the model's.
+    """
+    context = workload.prompt + workload.count
+    try:
+        program = outline(model, config, context, kv=workload.kv, kind=workload.kind)
+    except CapacityError as error:
+        short = shortages(config, model, context, workload.kv)
+        more = "".join(f"; {name} must be at least {needed} but is {there}" for name, needed, there in short[1:])
+        raise CapacityError(f"{error}{more}") from None
+    positions = sorted({workload.prompt + round((workload.count - 1) * at)
+                        for at in np.linspace(0, 1, _SAMPLES)}) if workload.count > 1 else [workload.prompt]
+    runs = []
+    for position in positions:
+        log(f"decode at position {position}")
+        runs.append(run_at(program, workload, position, 1, 1))
+    weights = _trapezoid(positions)
+
+    def mean(values: list[float]) -> float:
+        return float(np.dot(weights, values))
+
+    channel = memory_model(workload.memory, config)
+    split = [terms(run, channel) for run in runs]
+    together = {name: mean([item[name] for item in split]) for name in split[0]}
+    cycles = mean([run.cycles for run in runs])
+    superbeats = mean([run.superbeats for run in runs])
+    moved = superbeats + mean([run.beats_written for run in runs]) / config.ports
+    return Fit(
+        chunk=program.plan.chunk, port_bytes=program.port_bytes(), port_capacity=_capacity(config),
+        parts=_parts(program), cycles_per_token=cycles, bytes_per_token=moved * config.superbeat_bytes,
+        prefill_cycles=_prefill(program, workload, log), terms=together, bound=bound(together),
+        share_of_peak=moved / cycles, share_of_memory=moved / cycles / channel.share)
+
+
+def _trapezoid(positions: list[int]) -> np.ndarray:
+    """Weights for the mean of a function that is linear between positions."""
+    if len(positions) == 1:
+        return np.ones(1)
+    gaps = np.diff(positions)
+    weights = np.zeros(len(positions))
+    weights[:-1] += gaps / 2
+    weights[1:] += gaps / 2
+    return weights / weights.sum()
+
+
+def _prefill(program: Outline, workload: Workload, log: Callable[[str], None]) -> float:
+    """Cycles of reading the prompt: the first and the last whole chunk, those between on a line, and the rest."""
+    chunk = program.plan.chunk
+    whole, rest = divmod(workload.prompt, chunk)
+    total = 0.0
+    if whole:
+        log("the first chunk of the prompt")
+        first = last = run_at(program, workload, 0, chunk, int(not rest and whole == 1)).cycles
+        if whole > 1:
+            log("the last chunk of the prompt")
+            last = run_at(program, workload, (whole - 1) * chunk, chunk, int(not rest)).cycles
+        total = whole * (first + last) / 2
+    if rest:
+        total += run_at(program, workload, whole * chunk, rest, 1).cycles
+    return total
+
+
+def _parts(program: Outline) -> dict[str, int]:
+    """Bytes of each kind of contents over all ports."""
+    parts = dict.fromkeys(("weights", "kv", "embedding", "other"), 0)
+    for name, (_, size) in program.regions.items():
+        last = name.rpartition(".")[2]
+        kind = ("kv" if name.startswith("kv.") else "embedding" if name == "embedding" else
+                "weights" if last in ("q", "k", "v", "o", "gate_up", "down", "head") else "other")
+        parts[kind] += size * program.config.superbeat_bytes
+    return parts
+
+
+def _capacity(config: OverlayConfig) -> int | None:
+    """Memory behind a port on the cards that this configuration is made for."""
+    boards = import_module("skipopu.bitstream.boards").ALVEO.values()
+    return next((board.channel_bytes for board in boards if board.config == config.name), None)
+

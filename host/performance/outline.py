@@ -1,0 +1,102 @@
+"""The program of a model of which only the shape is known: the same instructions and addresses, no contents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from skipopu.hw.config import OverlayConfig
+from skipopu.hw.isa import MatmulMode
+
+from ..compiler import emit_program
+from ..errors import RequestError
+from ..image import WeightStream
+from ..layout import MemoryMap, ceil_div, row_superbeats, weight_superbeats
+from ..model import ModelConfig
+from ..passes.weights import MODES, Padding, block_groups
+from ..plan import Plan, make_plan
+from ..program import WORD_BYTES, Program
+
+__all__ = ["Outline", "outline"]
+
+Kind = Callable[[str], str]  #: name of a matmul -> kind of its weights
+
+
+@dataclass(frozen=True, eq=False)
+class Outline:
+    """A program with its plan and memory map. regions : name -> (superbeat address, superbeats); memory : in all"""
+
+    plan: Plan
+    program: Program
+    regions: dict[str, tuple[int, int]]
+    memory: int
+
+    @property
+    def config(self) -> OverlayConfig:
+        return self.plan.config
+
+    def port_bytes(self) -> int:
+        """Memory that the model needs behind each port."""
+        return self.memory * self.config.port_bits // 8
+
+
+class _Placement:
+    """What `image.ImageBuilder` says of addresses, in its order, from shapes alone."""
+
+    def __init__(self, plan: Plan, kind: Kind) -> None:
+        self.plan, self.kind, self.memory = plan, kind, MemoryMap(plan.config)
+        self.weights: dict[str, WeightStream] = {}
+        model, add = plan.model, self.memory.add
+        add("embedding", model.vocab * self._row(plan.hidden))
+        add("rope", plan.context * self._row(4 * plan.head_dim))
+        layers = range(model.layers)
+        for name in ["final_norm", *(f"layers.{layer}.{norm}" for layer in layers for norm in ("attn_norm",
+                                                                                               "mlp_norm"))]:
+            add(name, self._row(plan.hidden))
+        if plan.kv:
+            for layer in layers:
+                add(f"layers.{layer}.routers", self._row(plan.hidden))
+        for layer in layers:
+            name = f"layers.{layer}."
+            for part, rows, cols in (("k", plan.kv_width, plan.hidden), ("v", plan.kv_width, plan.hidden),
+                                     ("q", plan.q_width, plan.hidden), ("o", plan.hidden, plan.q_width),
+                                     ("gate_up", 2 * plan.mlp, plan.hidden), ("down", plan.hidden, plan.mlp)):
+                self._linear(name + part, rows, cols)
+        self._linear("head", plan.logits_width, plan.hidden)
+        for layer in layers:
+            add(f"kv.{layer}", plan.context_tiles * plan.tile_superbeats)
+        add("logits", plan.chunk * self._row(plan.logits_width))
+
+    def _row(self, width: int) -> int:
+        return row_superbeats(self.plan.config, width)
+
+    def _linear(self, name: str, rows: int, cols: int) -> None:
+        config, mode = self.plan.config, MODES[self.kind(name)]
+        model = self.plan.model
+        if name.endswith(".o") and block_groups(Padding(model.heads, model.head_dim, self.plan.head_dim),
+                                                config.block) is None:
+            mode = MatmulMode.W8  # `passes.weights.lower_linear` requantises
+        count = weight_superbeats(config, mode, ceil_div(rows, config.columns), cols // config.lanes)
+        self.weights[name] = WeightStream(self.memory.add(name, count), count, mode, 1)
+
+    def address(self, name: str) -> int:
+        return self.memory.regions[name][0]
+
+
+def outline(model: ModelConfig, config: OverlayConfig, context: int | None = None, *, kv: str = "",
+            kind: str | Kind = "q4_0", fused: bool = True) -> Outline:
+    """The program that `compile_model` would write for a model of this shape.
+
+    kv : "reuse" or "dense" for a program with routers, "" without; kind : of the weights (q4_0, q4_1, q8_0), also by
+        name of a matmul (``layers.0.gate_up``, ``head``)
+    Raises CapacityError, CompileError as the compiler does, RequestError for an unknown kind or KV mode.
+    """
+    if kv not in ("", "reuse", "dense"):
+        raise RequestError(f"kv must be reuse or dense, not {kv!r}")
+    if isinstance(kind, str) and kind not in MODES:
+        raise RequestError(f"weights must be {', '.join(MODES)}, not {kind!r}")
+    plan = make_plan(config, model, context, kv)
+    placement = _Placement(plan, kind if callable(kind) else lambda name: kind)
+    program = emit_program(plan, placement, [[0, 0]] * model.layers if kv else None, fused)
+    placement.memory.add("program", ceil_div(len(program.words) * WORD_BYTES * 8, config.port_bits))
+    return Outline(plan, program, placement.memory.regions, placement.memory.top)

@@ -1,0 +1,97 @@
+"""Predictions of whole workloads: fit, bound, rates; and the command."""
+
+import json
+
+import pytest
+from skipopu.golden.random_model import random_model, write_gguf
+from skipopu.host.cli import main
+from skipopu.host.errors import CapacityError, RequestError
+from skipopu.host.model import ModelConfig
+from skipopu.host.performance.fit import Workload, bound, fit
+from skipopu.host.performance.geometries import GEOMETRIES
+from skipopu.hw.config import preset
+
+SMALL = ModelConfig(name="small", layers=3, hidden=576, heads=9, kv_heads=3, head_dim=64, mlp=1536, vocab=2048,
+                    context=512)
+SIM = preset("sim")
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *arguments])
+    out, err = capsys.readouterr()
+    return end.value.code, out, err
+
+
+def test_decode_is_bound_by_memory_and_reads_what_the_model_holds():
+    found = fit(SMALL, SIM, Workload(prompt=16, count=33, memory="ideal"))
+    assert found.bound == "memory"
+    weights = 3 * (2 * 192 * 576 + 2 * 576 * 576 + 3 * 576 * 1536) + 2048 * 576
+    assert found.bytes_per_token == pytest.approx(weights * 4.5 / 8, rel=0.12)  # and keys, values, gains
+    assert 0.5 < found.share_of_peak == pytest.approx(found.bytes_per_token / found.cycles_per_token / 512)
+    assert found.share_of_memory == found.share_of_peak  # ideal memory delivers its peak
+    assert found.tokens_per_second == 225e6 / found.cycles_per_token
+
+
+def test_skipping_saves_what_it_leaves_unread():
+    plain = fit(SMALL, SIM, Workload(prompt=16, count=2, memory="ideal"))
+    skipping = fit(SMALL, SIM, Workload(prompt=16, count=2, skip=0.5, kv="reuse", memory="ideal", seed=3))
+    assert skipping.bytes_per_token < 0.85 * plain.bytes_per_token
+    assert skipping.cycles_per_token < 0.9 * plain.cycles_per_token
+
+
+def test_timed_memory_costs_its_refreshes():
+    ideal, timed = (fit(SMALL, SIM, Workload(prompt=16, count=1, memory=name)) for name in ("ideal", "hbm"))
+    assert 1 < timed.cycles_per_token / ideal.cycles_per_token < 1.25
+    assert timed.share_of_memory > timed.share_of_peak
+
+
+def test_prefill_is_bound_by_the_array_and_grows_with_the_prompt():
+    short, long = (fit(SMALL, SIM, Workload(prompt=size, count=1, memory="ideal")).prefill_cycles for size in (32, 72))
+    assert 2.1 < long / short < 2.7  # 72 / 32, and more keys
+
+
+def test_the_dominant_term_is_the_largest():
+    assert bound({"memory": 5.0, "array": 7.0, "vector": 1.0, "latency": 2.0}) == "array"
+
+
+def test_says_everything_that_is_too_small():
+    with pytest.raises(CapacityError, match=r"llama2-13b .* state_rows .* is 32; .*; kvbuf_heads .* 1280 but is 32; "):
+        fit(GEOMETRIES["llama2-13b"], preset("ulx3s"), Workload())
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"prompt": 0}, "prompt and count must be at least 1 token, not 0 and 1024"),
+    ({"skip": 0.25}, "tokens that skip modules need a KV mode"),
+])
+def test_refuses_workloads(fields, message):
+    with pytest.raises(RequestError, match=message):
+        Workload(**fields)
+
+
+def test_command_reports_a_geometry(capsys):
+    code, out, _ = run(capsys, "--geometry", "smollm2-135m", "--config", "sim", "--prompt", "1", "-n", "1", "--memory",
+                       "ideal", "--json")
+    report = json.loads(out)
+    assert code == 0 and report["bound"] == "memory" and report["fits_memory"]
+    assert report["labels"]["tokens_per_second"] == "predicted"
+    assert 500 < report["tokens_per_second"] < 2000
+
+
+def test_command_takes_a_model_file(capsys, tmp_path):
+    write_gguf(random_model(5, kinds=("q4_1",)), tmp_path / "m.gguf")
+    code, out, _ = run(capsys, "-m", str(tmp_path / "m.gguf"), "--config", "tiny", "--prompt", "4", "-n", "8", "--skip",
+                       "0.25")
+    assert code == 0 and out.startswith("random-5 fits configuration tiny: chunks of 4 tokens")
+    assert out.count("(predicted)") == 8
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--geometry", "gpt-2"], "skipopu: unknown geometry 'gpt-2'; known: llama2-7b, "),
+    (["--geometry", "smollm2-135m", "--memory", "ddr"], "skipopu: memory must be ideal or hbm, not 'ddr'"),
+    (["--geometry", "llama2-7b", "--config", "sim"], "skipopu: model llama2-7b does not fit configuration sim: "),
+    (["--geometry", "smollm2-135m", "--weights", "q2"], "skipopu: weights must be q8_0, q4_0, q4_1, not 'q2'"),
+])
+def test_command_answers_mistakes_in_one_line(capsys, arguments, message):
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (1, "") and err.startswith(message) and err.count("\n") == 1
