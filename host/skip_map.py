@@ -7,7 +7,7 @@ filled where the module ran.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -55,13 +55,14 @@ def print_map(console: Console, decisions: np.ndarray, prompt: int) -> None:
                           highlight=False, overflow="ignore", no_wrap=True)
 
 
-def draw(path: str | Path, decisions: np.ndarray, prompt: int, title: str, kind: str | None = None) -> None:
+def draw(path: str | Path | BinaryIO, decisions: np.ndarray, prompt: int, title: str,
+         kind: str | None = None) -> None:
     """Write the map as a picture: two panels, layer by token, with the rates of every layer beside them.
 
-    kind : ".png" or ".svg", by default the ending of ``path``
+    path : a file's, or an open file; kind : ".png" or ".svg", by default the ending of ``path``
     Raises RequestError for another ending.
     """
-    kind = kind or Path(path).suffix
+    kind = kind or (Path(path).suffix if isinstance(path, (str, Path)) else "")
     if kind not in FORMATS:
         raise RequestError(f"a skip map is written as {' or '.join(FORMATS)}, not {str(path)!r}")
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -95,6 +95,8 @@ class Tokenizer:
             piece = by_id.get(token, "")
             self._pieces.append(piece)
             self._bytes.append(piece.encode() if token in added else _bytes_of_piece(piece, byte_level))
+        # without a token for each byte the library leaves out what it cannot say
+        self._lacks_bytes = byte_level and not set(BYTE_OF_CHARACTER) <= set(self._pieces)
 
     @property
     def vocab(self) -> int:
@@ -122,6 +124,12 @@ class Tokenizer:
             tokens = self._backend.encode(text, add_special_tokens=False).ids
         except (UnicodeEncodeError, TypeError):  # the library calls such a string no string
             raise ModelError("the text holds a lone surrogate and is not valid Unicode") from None
+        if self._lacks_bytes and self.decode(tokens, skip_special=False) != text:
+            pieces = (piece for piece, _ in self._backend.pre_tokenizer.pre_tokenize_str(text))
+            lacking = next((piece for piece in pieces if self._backend.token_to_id(piece) is None), "")
+            word = _bytes_of_piece(lacking, True).decode("utf-8", "replace")
+            raise ModelError(f"the model has no token for {word!r}; its vocabulary is {self.vocab - len(self.special)} "
+                             f"words and marks")
         prefix = [self.bos_id] if (self.add_bos if bos is None else bos) and self.bos_id is not None else []
         return prefix if not tokens else tokens if tokens[:1] == prefix else prefix + tokens
 
@@ -237,10 +245,11 @@ def _bpe(*arguments: Any, **options: Any) -> models.BPE:
 def _byte_level_backend(metadata: Mapping[str, Any], tokens: list[str], pre: Any) -> Backend:
     if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise ModelError(f"pre-tokenizer {pre!r} is not supported; supported: {', '.join(PRE_TOKENIZERS)}")
-    merges = [(merge[:1] + left, right) for merge in _strings(metadata, "tokenizer.ggml.merges")
-              for left, _, right in [merge[1:].partition(" ")]]
+    whole = pre == "llama-bpe"  # a piece that is a token is taken as it is; a vocabulary of words needs no merges
+    listed = _strings(metadata, "tokenizer.ggml.merges") if "tokenizer.ggml.merges" in metadata or not whole else []
+    merges = [(merge[:1] + left, right) for merge in listed for left, _, right in [merge[1:].partition(" ")]]
     vocab = {token: index for index, token in enumerate(tokens)}
-    backend = Backend(_bpe(vocab, merges, ignore_merges=pre == "llama-bpe"))
+    backend = Backend(_bpe(vocab, merges, ignore_merges=whole))
     backend.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
     backend.decoder = decoders.ByteLevel()  # for ``save``: it tells readers the kind
     return backend
