@@ -36,7 +36,8 @@ SEARCHED = 8  # sequences that a shift is searched on
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("routers", nargs="*", default=list(NAMED_ROUTERS), help="names or files (default: %(default)s)")
+    parser.add_argument("routers", nargs="*", default=[name for name in NAMED_ROUTERS if name.startswith("smollm2:")],
+                        help="names or files (default: %(default)s)")
     parser.add_argument("--tokens", type=Path, required=True, help=".npz file with token ids, or text")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--last", type=int, default=32, help="sequences from the end (default: %(default)s)")

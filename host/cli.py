@@ -18,6 +18,7 @@ from .bitstream_command import bitstream
 from .console import note, print_json, progress, whole_file
 from .performance import command as performance_commands
 from .tuning.command import tune
+from .tuning.train_command import train
 
 if TYPE_CHECKING:
     from .compiled import Compiled
@@ -32,8 +33,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(name="skipopu", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Run language models on an open FPGA overlay processor: on its RTL, its bit-exact model, or "
                        "the float reference.")
-app.command()(tune)
-for _command in (board_commands.export, board_commands.devices, board_commands.selftest, bitstream,
+for _command in (train, tune, board_commands.export, board_commands.devices, board_commands.selftest, bitstream,
                  performance_commands.fit):
     app.command()(_command)
 
@@ -49,10 +49,10 @@ ConfigOption = Annotated[str | None, typer.Option("--config", help=f"Overlay con
                                                                    "Default: sim, or the bundle's own.")]
 ContextOption = Annotated[int | None, typer.Option("--context", help="Positions to provide for. Default: the model's, "
                                                                      "at most 2048.")]
-RoutersOption = Annotated[str | None, typer.Option("--routers", help="Router file, SkipGPT checkpoint (.pth), or "
-                                                                     "smollm2:reuse or smollm2:dense: tokens skip "
-                                                                     "what it decides. @0.1 behind it: about a tenth "
-                                                                     "of the weights.")]
+RoutersOption = Annotated[str | None, typer.Option("--routers", help="Router file, SkipGPT checkpoint (.pth), "
+                                                                     "smollm2:reuse, smollm2:dense or story:reuse: "
+                                                                     "tokens skip what it decides. @0.1 behind it: "
+                                                                     "about a tenth of the weights.")]
 KvOption = Annotated[str | None, typer.Option("--kv", help="Keys and values of tokens that skip attention: reuse those "
                                                            "of an earlier layer, or dense. Default: the routers'.")]
 ForceOption = Annotated[float | None, typer.Option("--force-skip", metavar="RATE", help="Skip this share of the "

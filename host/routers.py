@@ -40,7 +40,8 @@ MODULES = ("attention", "mlp")  # order of the axis of length 2 everywhere
 _FORMAT = "skipopu-routers"
 _LINEAR, _HIDDEN = ("difference", "bias"), ("hidden_weight", "hidden_bias")
 _METADATA = ("version", "kv", "base_model", "layers", "width")
-NAMED_ROUTERS = {f"smollm2:{kv}": f"smollm2-{kv}.safetensors" for kv in KV_MODES}
+NAMED_ROUTERS = {f"smollm2:{kv}": f"smollm2-{kv}.safetensors" for kv in KV_MODES} | {
+    "story:reuse": "story-reuse.safetensors"}
 _FOLDER = Path(__file__).parent / "data"
 _POINT = re.compile(r"(.+)@(\d*\.?\d+)")  # routers, and the skip rate wanted of them
 _CHECKPOINTS = (".pth", ".pt")  # PyTorch's, as SkipGPT publishes its routers

@@ -14,7 +14,7 @@ import typer
 
 from ..console import note, progress, whole_file
 
-__all__ = ["tune"]
+__all__ = ["command_line", "tune"]
 
 _GO_ON = {"ramp": 0.0, "routers_first": 0.0, "lora_last": 0.4}  # of runs from routers which skip already
 EVERY = 25  # steps between two lines where the progress bar cannot be seen
@@ -100,7 +100,7 @@ def tune(model: Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hu
                          f"{found.skip:.1%}")
     tuner.shift_to_goal()
     final = asdict(measure(tuner.student, source, unseen))
-    about = {"command": _command(sys.argv), "settings": json.dumps(asdict(settings)),
+    about = {"command": command_line(sys.argv), "settings": json.dumps(asdict(settings)),
              "held_out": json.dumps(final)}
     if first is not None:  # what was run before this, so that the file names every command that made it
         about["before"] = "; ".join(first.notes[key] for key in ("before", "command") if key in first.notes)
@@ -124,6 +124,6 @@ def _check(sequences, model) -> None:
                            f"{model.config.name}, not {sequences.shape[1]}")
 
 
-def _command(arguments: Sequence[str]) -> str:
-    """The command as typed, without the folders of its files: it goes into the router file."""
+def command_line(arguments: Sequence[str]) -> str:
+    """The command as typed, without the folders of its files: it goes into the files it writes."""
     return " ".join(["skipopu", *(Path(part).name if "/" in part else part for part in arguments[1:])])

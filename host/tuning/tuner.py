@@ -31,7 +31,7 @@ from .ablation import ablate, essential
 from .student import FOLDED_SCALE, Exploration, Student, read_share
 from .targets import Targets, divergence, sample_vocabulary
 
-__all__ = ["HeldOut", "Settings", "StepReport", "Tuner", "measure", "shift_to", "skip_rate"]
+__all__ = ["HeldOut", "Settings", "StepReport", "Tuner", "measure", "shift_to", "skip_rate", "skip_rates"]
 
 CLIP = 1.0            # largest gradient norm, for router weights, biases and LoRA factors apart
 BIAS_RATE = 10        # a bias stands alone where hundreds of weights move a score together
@@ -134,7 +134,7 @@ class HeldOut:
     skip_mlp: float
 
 
-def _rates(gates: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def skip_rates(gates: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Skip rates of gates [layers, batch, length, 2]: by weights, attention, MLP."""
     skipped = 1 - gates.mean((1, 2))
     return (skipped * share).sum(), skipped[:, 0].mean(), skipped[:, 1].mean()
@@ -164,7 +164,7 @@ def measure(student: Student, model: Model, sequences: np.ndarray, *, gates: np.
         following = sequence[1:, None]
         numbers = (-got.gather(1, following).mean(), -expected.gather(1, following).mean(),
                    (expected.exp() * (expected - got)).sum(-1).mean(),
-                   (expected.argmax(-1) == got.argmax(-1)).float().mean(), *_rates(taken, share))
+                   (expected.argmax(-1) == got.argmax(-1)).float().mean(), *skip_rates(taken, share))
         sums += np.array([float(number) for number in numbers])
     loss, unrouted_loss, *rest = (float(value) for value in sums / len(sequences))
     return HeldOut(math.exp(loss), math.exp(unrouted_loss), *rest)
@@ -174,7 +174,7 @@ def measure(student: Student, model: Model, sequences: np.ndarray, *, gates: np.
 def skip_rate(student: Student, tokens: Tensor, share: Tensor) -> float:
     """Share of the weights that int tokens [n, length] leave unread under the machine's decisions."""
     gates = torch.cat([student(some)[1] for some in tokens.split(CALIBRATION)], 1)
-    return float(_rates(gates, share)[0])
+    return float(skip_rates(gates, share)[0])
 
 
 @torch.inference_mode()
@@ -274,7 +274,7 @@ class Tuner:
         rows, offset, places = sample_vocabulary(kept, student.config.vocab, SAMPLED_VOCABULARY, generator)
         logits = student.logits(hidden.flatten(0, 1), rows) + offset
         away = divergence(logits, places.flatten(0, 1), log_probs.flatten(0, 1)).mean()
-        skip, attention, mlp = _rates(gates, self.share)
+        skip, attention, mlp = skip_rates(gates, self.share)
         loss = away + settings.sparsity * (settings.wanted(self.step) - skip).abs()
         if not torch.isfinite(loss):
             raise RouterError(f"the loss is {float(loss.detach())} at step {self.step}; take lower learning rates")

@@ -51,7 +51,7 @@ def test_a_registered_format_is_loaded(tmp_path, loaders):
 
 @pytest.mark.parametrize(("spec", "message"), [
     ("smolm2", "smolm2: no such file, folder or model name; did you mean smollm2?"),
-    ("nothing/like/it", "nothing/like/it: no such file, folder or model name; models with a name: smollm2"),
+    ("nothing/like/it", "nothing/like/it: no such file, folder or model name; models with a name: smollm2, story"),
 ])
 def test_unknown_names_are_refused(spec, message):
     with pytest.raises(ModelError) as caught:
