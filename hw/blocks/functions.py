@@ -296,12 +296,20 @@ class Sigmoid(wiring.Component):
     a : In(32), FP32 bits
     en : In(latency), register enables
     o : Out(32), FP32 bits
+
+    exp2 : an `Exp2` of the parent's instead of an own one; the parent gives it `argument` of ``a`` and its enables
     """
 
     latency = Exp2.latency + QuadTable.latency + FpMul.latency
 
-    def __init__(self):
+    def __init__(self, exp2=None):
+        self._exp2 = exp2
         super().__init__({"a": In(32), "en": In(self.latency), "o": Out(32)})
+
+    @staticmethod
+    def argument(a):
+        """-|a|, what the 2^x of a sigmoid of ``a`` is taken of."""
+        return Cat(a[:31], Const(1, 1))
 
     @staticmethod
     def model(a):
@@ -316,16 +324,18 @@ class Sigmoid(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        m.submodules.exp2 = exp2 = Exp2()
         m.submodules.table = table = QuadTable("recip", bias=32)
         m.submodules.mul = mul = FpMul()
         start, end = Exp2.latency, Exp2.latency + QuadTable.latency
+        exp2 = self._exp2
+        if exp2 is None:
+            m.submodules.exp2 = exp2 = Exp2()
+            m.d.comb += [exp2.a.eq(self.argument(self.a)), exp2.en.eq(self.en[:start])]
 
         # u = 2^-|a|, then r = 1 / (1 + u); the result is u * r, or 1 * r when a <= 0
         positive = delay(m, self.a[23:31].any() & ~self.a[31], self.en[:start], "positive")
         factor = delay(m, Mux(positive, exp2.o, _ONE), self.en[start:end], "factor")
         m.d.comb += [
-            exp2.a.eq(Cat(self.a[:31], Const(1, 1))), exp2.en.eq(self.en[:start]),
             table.fraction.eq(exp2.fixed[7:30] | exp2.fixed[30].replicate(23)), table.en.eq(self.en[start:end]),
             mul.a.eq(factor), mul.b.eq(Cat(table.y[6:29], 126 + table.y[30], Const(0, 1))[:32]),
             mul.en.eq(self.en[end:]), self.o.eq(mul.o),

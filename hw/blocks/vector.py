@@ -102,8 +102,6 @@ class VectorUnit(wiring.Component):
         f = fields(body, _LAYOUT)
         op = {name: Signal(name=f"is_{name}") for name in (
             "vnorm", "vadd", "vrope", "vswiglu", "vscore", "vprob", "vmerge", "vscale", "vlogits")}
-        for name, signal in op.items():
-            m.d.comb += signal.eq(opcode == _OP[name])
         scale_on, rotate = Signal(), Signal()
         inv_n, eps = Signal(32), Signal(32)
         bias = [Signal(signed(32), name=f"bias_{name}") for name in ("attention", "mlp")]
@@ -165,6 +163,7 @@ class VectorUnit(wiring.Component):
         fresh_argmax = Signal()
         m.d.comb += [self.cmd.ready.eq(accept & ~scalar_busy), start.eq(self.cmd.ready & self.cmd.valid)]
         with m.If(start):
+            m.d.sync += [signal.eq(self.cmd.payload.opcode == _OP[name]) for name, signal in op.items()]
             m.d.sync += [
                 running.eq(1), opcode.eq(self.cmd.payload.opcode), imm.eq(self.cmd.payload.imm),
                 body.eq(self.cmd.payload.body), mask.eq(self.cmd.payload.mask), limit.eq(self.cmd.payload.x),
@@ -186,8 +185,8 @@ class VectorUnit(wiring.Component):
         abuf_x, abuf_table, abuf_write = abuf.read_port(), abuf.read_port(), abuf.write_port()
         x = [abuf_x.data[32 * i:32 * (i + 1)] for i in range(lanes)]
         table = [abuf_table.data[32 * i:32 * (i + 1)] for i in range(lanes)]
-        # Operand x is read one cycle before it is used: T4 as source, T6 as S table, T8 as addend.
-        x_tap = Mux(from_stream, Mux(rotate, valid[_T - 1], valid[_SUM - 1]), valid[_Y - 1])
+        # Operand x is read one cycle before it is used: T4 as source, T6 as S table, T7 as what becomes the addend.
+        x_tap = Mux(from_stream, Mux(rotate, valid[_T - 1], valid[_SUM - 2]), valid[_Y - 1])
         walk_x = walker("x", x_tap)
         table_tap = Mux(rotate, valid[_T - 1], valid[_V - 1])
         walk_table = walker("table", table_tap)
@@ -274,18 +273,19 @@ class VectorUnit(wiring.Component):
         with m.If(running & (opcode == _OP["vinit"])):
             m.d.sync += [known.eq(0), summed.eq(0)]
 
-        # ---- T8..T11: add ------------------------------------------------------------------------------------------
-        walk_state = walker("state", valid[_SUM - 1])
+        # ---- T7: what becomes the addend; T8..T11: add -------------------------------------------------------------
+        adds = rotate | op["vadd"] | op["vmerge"] | op["vprob"]
+        walk_state = walker("state", valid[_SUM - 2])
         minus_read, alpha_read = minus_maximum.read_port(), alpha.read_port()
         m.d.comb += [
-            minus_read.en.eq(valid[_SUM - 1]), minus_read.addr.eq(walk_state.state),
-            alpha_read.en.eq(valid[_SUM - 1]), alpha_read.addr.eq(walk_state.state),
+            minus_read.en.eq(valid[_SUM - 2]), minus_read.addr.eq(walk_state.state),
+            alpha_read.en.eq(valid[_SUM - 2]), alpha_read.addr.eq(walk_state.state),
         ]
         faded = [Mux(alpha_read.data == ALPHA_DROP, 0, scale2(value, -alpha_read.data)) for value in x]
-        addend = [Mux(rotate, unit.o, Mux(op["vmerge"], old, Mux(op["vprob"], minus_read.data, value)))
-                  for unit, old, value in zip(second, faded, x)]
+        other = hold([Mux(op["vmerge"], old, Mux(op["vprob"], minus_read.data, value)) for old, value in zip(faded, x)],
+                     valid[_SUM - 1] & adds & ~rotate, "addend")
+        addend = [Mux(rotate, unit.o, value) for unit, value in zip(second, other)]
         augend = [Mux(rotate, unit.o, value) for unit, value in zip(first, straight)]
-        adds = rotate | op["vadd"] | op["vmerge"] | op["vprob"]
         added = lanes_of(FpAdd, "add", [valid[_SUM + i] & adds for i in range(FpAdd.latency)], a=augend, b=addend)
         passes = ~adds & (op["vnorm"] | op["vrope"])
         bypass = straight
@@ -293,10 +293,14 @@ class VectorUnit(wiring.Component):
             bypass = hold(bypass, valid[_SUM + i] & passes, f"v{_SUM + 1 + i}_")
         v = [wire(m, Mux(adds, unit.o, value), f"v{i}") for i, (unit, value) in enumerate(zip(added, bypass))]
 
-        # ---- T11..T13: gain, squares; T11..T17: exp2; T8..T20: sigmoid ---------------------------------------------
+        # ---- T11..T13: gain, squares; T11..T17: exp2; T8..T20: sigmoid, with the same exp2 -------------------------
         norms = op["vnorm"] | op["vadd"]
-        sigmoid = lanes_of(Sigmoid, "sigmoid", [paired[2 + i] for i in range(Sigmoid.latency)],
-                           a=[unit.o for unit in first])
+        exp_en = [Mux(gated, paired[2 + i], valid[_V + i] & op["vprob"]) for i in range(Exp2.latency)]
+        exp = lanes_of(Exp2, "exp2", exp_en,
+                       a=[Mux(gated, Sigmoid.argument(unit.o), value) for unit, value in zip(first, v)])
+        shared = iter(exp)
+        sigmoid = lanes_of(lambda: Sigmoid(exp2=next(shared)), "sigmoid",
+                           [paired[2 + i] for i in range(Sigmoid.latency)], a=[unit.o for unit in first])
         product = [unit.o for unit in second]
         for i in range(Sigmoid.latency):
             product = hold(product, paired[2 + i], f"product{_SUM + 1 + i}_")
@@ -306,7 +310,6 @@ class VectorUnit(wiring.Component):
         squares = lanes_of(FpMul, "square", [valid[_V + i] & norms for i in range(2)], a=v, b=v)
         terms = lanes_of(lambda: ToFixed(fraction=SUM_FRACTION, limit=_TERM_LIMIT), "square_fixed",
                          [valid[_GAIN + i] & norms for i in range(2)], a=[unit.o for unit in squares])
-        exp = lanes_of(Exp2, "exp2", [valid[_V + i] & op["vprob"] for i in range(Exp2.latency)], a=v)
         prob = [unit.o for unit in exp]
         prob_terms = lanes_of(lambda: ToFixed(fraction=PROB_FRACTION, limit=PROB_FRACTION), "prob_fixed",
                               [valid[_PROB + i] & op["vprob"] for i in range(2)], a=prob)
@@ -407,7 +410,7 @@ class VectorUnit(wiring.Component):
             scalar_busy.eq(scalar_in | Cat(*scalar_valid).any() | valid[15] | valid[16]),
         ]
 
-        # ---- scores: mask at T4, maximum of the beat at T6, state at the end of a row ------------------------------
+        # ---- scores: mask at T4, maximum of the beat at T6, its ceiling at T7, state at the end of a row -----------
         walk_mask = walker("mask", valid[_Y] & op["vscore"])
         masked = []
         open_lanes = Signal()
@@ -422,12 +425,14 @@ class VectorUnit(wiring.Component):
         score = hold(masked, valid[_Y] & op["vscore"], "score")
         with m.If(valid[_Y] & op["vscore"]):
             m.d.sync += open_lanes.eq(Cat(*allowed).any())
-        highest, any_open = Signal(32), Signal()
+        highest, highest_open = Signal(32), Signal()
         with m.If(valid[_Y + 1] & op["vscore"]):
-            m.d.sync += [highest.eq(_largest(m, score)), any_open.eq(open_lanes)]
-        ceiling = Signal(signed(16))
-        m.d.comb += ceiling.eq(_ceil(m, highest))
-        walk_max = walker("max", valid[_Y + 2] & op["vscore"])
+            m.d.sync += [highest.eq(_largest(m, score)), highest_open.eq(open_lanes)]
+        ceiling, any_open = Signal(signed(16)), Signal()
+        with m.If(valid[_Y + 2] & op["vscore"]):
+            m.d.sync += [ceiling.eq(_ceil(m, highest)), any_open.eq(highest_open)]
+        at_maximum = valid[_Y + 3] & op["vscore"]
+        walk_max = walker("max", at_maximum)
         best, best_open = Signal(signed(16)), Signal()
         best_now, open_now = Signal(signed(16)), Signal()
         first_beat = walk_max.beat == 0
@@ -441,7 +446,7 @@ class VectorUnit(wiring.Component):
         row_done = Signal()
         is_known = known.bit_select(walk_max.state, 1)
         m.d.comb += [
-            row_done.eq(valid[_Y + 2] & op["vscore"] & walk_max.row_last),
+            row_done.eq(at_maximum & walk_max.row_last),
             maximum_old.addr.eq(walk_max.state), maximum_new.addr.eq(walk_max.state), alpha_new.addr.eq(walk_max.state),
             old_maximum.eq(Mux(is_known, maximum_old.data, MAXIMUM_INIT)),
             new_maximum.eq(Mux(open_now & (best_now > old_maximum), best_now, old_maximum)),
@@ -450,20 +455,23 @@ class VectorUnit(wiring.Component):
             alpha_new.en.eq(row_done),
             alpha_new.data.eq(Mux(old_maximum == MAXIMUM_INIT, ALPHA_DROP, Mux(step > 126, 126, step))),
         ]
-        with m.If(valid[_Y + 2] & op["vscore"]):
+        with m.If(at_maximum):
             m.d.sync += [best.eq(best_now), best_open.eq(open_now)]
         with m.If(row_done):
             m.d.sync += known.bit_select(walk_max.state, 1).eq(1)
         m.submodules.minus_float = minus_float = FromInt(width=32)
-        minus_valid = [Signal(name=f"minus_valid{i}") for i in range(FromInt.latency)]
-        minus_state = [Signal(range(states), name=f"minus_state{i}") for i in range(FromInt.latency)]
+        minus_valid = [Signal(name=f"minus_valid{i}") for i in range(FromInt.latency + 1)]
+        minus_state = [Signal(range(states), name=f"minus_state{i}") for i in range(FromInt.latency + 1)]
+        negated = Signal(signed(17))
+        with m.If(row_done):
+            m.d.sync += negated.eq(-new_maximum)
         chain = [row_done, *minus_valid]
-        for i in range(FromInt.latency):
+        for i in range(FromInt.latency + 1):
             m.d.sync += minus_valid[i].eq(chain[i])
             with m.If(chain[i]):
                 m.d.sync += minus_state[i].eq(walk_max.state if i == 0 else minus_state[i - 1])
         m.d.comb += [
-            minus_float.en.eq(Cat(*chain[:FromInt.latency])), minus_float.a.eq(-new_maximum), minus_float.n.eq(0),
+            minus_float.en.eq(Cat(*minus_valid[:-1])), minus_float.a.eq(negated), minus_float.n.eq(0),
             minus_new.en.eq(minus_valid[-1]), minus_new.addr.eq(minus_state[-1]), minus_new.data.eq(minus_float.o),
         ]
 

@@ -7,7 +7,7 @@ import pytest
 from amaranth import ClockDomain, ClockSignal, Elaboratable, Module, Signal
 from amaranth.back import rtlil
 from skipopu.bitstream import ecp5
-from skipopu.bitstream.ecp5 import Ecp5Part, TimingError, build, soft_multipliers
+from skipopu.bitstream.ecp5 import Ecp5Part, TimingError, build, soft_multipliers, timed
 from skipopu.hw.verilog import YosysError
 from skipopu.sim.toolchain import ToolError
 
@@ -40,7 +40,11 @@ def design():
 
 def test_a_bitstream_and_a_report_are_written(tmp_path):
     said = []
-    report = build(design(), CONSTRAINTS, PART, 25, tmp_path, name="products", about={"board": "none"}, log=said.append)
+    steps = {}
+    with timed(steps, "drawing"):
+        rtlil = design()
+    report = build(rtlil, CONSTRAINTS, PART, 25, tmp_path, name="products", about={"board": "none"}, steps=steps,
+                   log=said.append)
     assert json.loads((tmp_path / "products.json").read_text()) == report
     image = (tmp_path / report["bitstream"]).read_bytes()
     assert len(image) > 1000 and b"LFE5U-12F" in image[:200] or b"Part" in image[:200]
@@ -51,6 +55,9 @@ def test_a_bitstream_and_a_report_are_written(tmp_path):
     assert used["FF"]["used"] >= 40 + 28 + 12 + 1
     assert any(line.startswith("yosys: ") for line in said) and any(line.startswith("nextpnr") for line in said)
     assert [line for line in ecp5.lines(report) if line.startswith("clock ") and "margin" in line]
+    assert set(report["seconds"]) == {"drawing", "synthesis", "placement and routing", "packing"}
+    assert all(spent["wall"] > 0 for spent in report["seconds"].values())
+    assert all(spent["processor"] > 0.1 for spent in list(report["seconds"].values())[1:])
 
 
 def test_negative_slack_fails_and_leaves_no_bitstream(tmp_path):

@@ -8,7 +8,8 @@ from skipopu.host.cli import main
 from skipopu.sim.toolchain import ToolError
 
 REPORT = {"utilisation": {"LUT4": {"used": 50, "available": 100}}, "fmax_mhz": 30.0, "clock_mhz": 25.0,
-          "slack_ns": 6.67, "margin": 0.2, "bitstream": "x.bit", "seconds": {"synthesis": 1.0}}
+          "slack_ns": 6.67, "margin": 0.2, "bitstream": "x.bit",
+          "seconds": {"synthesis": {"wall": 123.0, "processor": 45.0}}}
 
 
 def run(capsys, *arguments):
@@ -50,5 +51,6 @@ def test_the_report_is_printed(capsys, monkeypatch):
     assert code == 0 and taken == {"config": "ulx3s", "directory": "there", "seed": 7}
     assert "LUT4" in out and "50.0% (estimated)" in out and "30.0 MHz for 25 MHz, slack 6.67 ns, margin 20.0%" in out
     assert "there/x.bit: configuration ulx3s" in out
+    assert "synthesis                    123 s, 45 s of a processor (measured)" in out
     code, out, _ = run(capsys, "--board", "ulx3s-85f", "-o", "there", "--json")
     assert code == 0 and json.loads(out) == REPORT
