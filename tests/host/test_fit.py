@@ -56,7 +56,7 @@ def test_the_dominant_term_is_the_largest():
 
 
 def test_says_everything_that_is_too_small():
-    with pytest.raises(CapacityError, match=r"llama2-13b .* state_rows .* is 32; .*; kvbuf_heads .* 1280 but is 32; "):
+    with pytest.raises(CapacityError, match=r"llama2-13b .* state_rows .* is 16; .*; kvbuf_heads .* 1280 but is 16; "):
         fit(GEOMETRIES["llama2-13b"], preset("ulx3s"), Workload())
 
 
