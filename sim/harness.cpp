@@ -27,13 +27,13 @@ namespace skipopu {
 enum Stop { kLimit = 0, kIrq = 1, kError = 2 };
 
 // What happened in one cycle: an instruction left control (or was dropped there), units began or finished a command,
-// data began or ceased to move on port 0 (which the others follow).
-// Mirrored field by field in native.py.
+// data began or ceased to move on a port. Mirrored field by field in native.py.
 struct Event {
     uint64_t cycle;
-    uint32_t pc;
-    uint8_t dispatch, dropped, start, done, memory;  // start and done: bit per unit; memory: data moved
+    uint32_t pc, memory;  // memory: bit per port, data moved
+    uint8_t dispatch, dropped, start, done;  // start and done: bit per unit
 };
+static_assert(PORTS <= 32);
 using DataPort = Port<PORT_BITS / 8, true>;
 using FetchPort = Port<32, false>;
 
@@ -140,7 +140,8 @@ public:
     // Events from now on are kept until they are taken; those kept so far are dropped.
     bool record(bool on) {
         events_.clear();
-        recording_ = on, beats_ = ports_[0]->beats(), moved_ = false;
+        recording_ = on, moved_ = 0;
+        for (unsigned port = 0; port < PORTS; ++port) beats_[port] = ports_[port]->beats();
 #ifdef EVENTS
         return true;
 #else
@@ -180,11 +181,15 @@ private:
 #endif
 #ifdef EVENTS
         if (recording_) {
-            const bool moved = ports_[0]->beats() != beats_, changed = moved != moved_;
-            beats_ = ports_[0]->beats(), moved_ = moved;
-            if (top_->event_dispatch | top_->event_start | top_->event_done | changed)
-                events_.push_back({watch_.cycle, top_->event_pc, top_->event_dispatch, top_->event_dropped,
-                                   top_->event_start, top_->event_done, moved});
+            uint32_t moved = 0;
+            for (unsigned port = 0; port < PORTS; ++port) {
+                moved |= uint32_t(ports_[port]->beats() != beats_[port]) << port;
+                beats_[port] = ports_[port]->beats();
+            }
+            if (top_->event_dispatch | top_->event_start | top_->event_done | (moved != moved_))
+                events_.push_back({watch_.cycle, top_->event_pc, moved, top_->event_dispatch, top_->event_dropped,
+                                   top_->event_start, top_->event_done});
+            moved_ = moved;
         }
 #endif
         ++watch_.cycle;
@@ -207,8 +212,9 @@ private:
     uint64_t trace_first_ = 0, trace_last_ = 0;
 #endif
     std::vector<Event> events_;
-    bool recording_ = false, moved_ = false;
-    uint64_t beats_ = 0;
+    bool recording_ = false;
+    uint32_t moved_ = 0;
+    uint64_t beats_[PORTS] = {};
     VerilatedContext context_;
     std::unique_ptr<Vtop> top_;
     Watch watch_;

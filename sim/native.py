@@ -107,10 +107,10 @@ class _Stats(ctypes.Structure):  # PortStats of axi_port.h
 
 
 #: One cycle in which something happened: ``dispatch``, an instruction (``pc``) left control, ``dropped``, with an empty
-#: row list; ``start`` and ``done``, bit per unit that began or finished a command; ``memory``, data moved on port 0 (a
-#: record stands wherever this changes).
-EVENT = np.dtype([("cycle", "u8"), ("pc", "u4"), ("dispatch", "u1"), ("dropped", "u1"), ("start", "u1"),
-                  ("done", "u1"), ("memory", "u1")], align=True)
+#: row list; ``start`` and ``done``, bit per unit that began or finished a command; ``memory``, bit per port on which
+#: data moved (a record stands wherever this changes).
+EVENT = np.dtype([("cycle", "u8"), ("pc", "u4"), ("memory", "u4"), ("dispatch", "u1"), ("dropped", "u1"),
+                  ("start", "u1"), ("done", "u1")], align=True)
 
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "new": (ctypes.c_void_p, [ctypes.c_void_p] * 4),

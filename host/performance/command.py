@@ -1,4 +1,4 @@
-"""The commands about performance: ``fit``."""
+"""The commands about performance: ``profile`` and ``fit``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,72 @@ if TYPE_CHECKING:
     from ..model import ModelConfig
     from .outline import Kind
 
-__all__ = ["fit"]
+__all__ = ["fit", "profile"]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+
+def profile(model: Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hugging Face folder, bundle, or a "
+                                                                     "name that `skipopu models` lists.")],
+            output: Annotated[str, typer.Option("-o", "--output", help="Folder to write.")],
+            prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Text to continue.")] = None,
+            prompt_tokens: Annotated[str | None, typer.Option("--prompt-tokens", metavar="5,17,9", help="Token ids to "
+                                                              "continue, for models without a tokenizer.")] = None,
+            count: Annotated[int, typer.Option("-n", "--tokens", help="Tokens to generate behind the prompt.")] = 4,
+            device: Annotated[str, typer.Option("--device", help="rtl records every cycle; other devices compute, and "
+                                                                 "the cycle model says when.")] = "functional",
+            config: Annotated[str | None, typer.Option("--config", help=f"Overlay configuration: {', '.join(PRESETS)}. "
+                                                       "Default: sim, or the bundle's own.")] = None,
+            context: Annotated[int | None, typer.Option("--context", help="Positions to provide for.")] = None,
+            routers: Annotated[str | None, typer.Option("--routers", help="Router file, or a name such as "
+                                                                          "smollm2:reuse.")] = None,
+            kv: Annotated[str | None, typer.Option("--kv", help="Keys and values of tokens that skip attention: "
+                                                                "reuse or dense.")] = None,
+            force_skip: Annotated[float | None, typer.Option("--force-skip", metavar="RATE", help="Skip this share of "
+                                                             "the modules at random, 0..1.")] = None,
+            memory: Annotated[str, typer.Option("--memory", help="Simulated or predicted memory: ideal or hbm "
+                                                              "(timed).")] = "ideal",
+            seed: Annotated[int, typer.Option("--seed", min=0, help="Of the random numbers.")] = 0,
+            as_json: JsonOption = False) -> None:
+    """Show where the cycles of a generation go: timeline, stalls by cause, roofline, costliest instructions."""
+    from ..errors import RequestError
+    from ..session import REFERENCE, Routing, check_device, compile_source, open_source, route_source
+    from ..session import prompt_tokens as encode
+    from .profile import FILES, open_profiled, write_profile
+    check_device(device)
+    if device == REFERENCE:
+        raise RequestError("the reference has no instructions to profile; use --device functional or rtl")
+    if (prompt is None) == (prompt_tokens is None):
+        raise typer.BadParameter("give the prompt either with -p or with --prompt-tokens")
+    with progress(f"loading {model}"):
+        source = open_source(model)
+    tokens = encode(source, prompt, prompt_tokens)
+    routed, its_routers, force = route_source(source, Routing(routers=routers, kv=kv, force_skip=force_skip, seed=seed))
+    with progress("compiling"):
+        compiled = compile_source(routed, config, context, its_routers)
+    with progress(f"opening {device}") as update:
+        accelerator = open_profiled(device, compiled, lambda line: update(None, line[:80]), force, memory)
+    with accelerator.device, progress(f"generating {count} tokens", count) as update:
+        for done, _ in enumerate(accelerator.generate(tokens, count), 1):
+            update(done, None)
+    recordings = accelerator.recordings
+    label = recordings[-1].label
+    facts = {"model": compiled.map.model, "configuration": compiled.config.name, "device": device,
+             "memory": memory, "prompt": f"{len(tokens)} tokens", "generated": f"{count} tokens",
+             "times": {"simulated": "simulated: recorded from the RTL",
+                       "predicted": "predicted: by the cycle model, not recorded"}[label]}
+    with progress("writing") as update:
+        found = write_profile(output, f"{compiled.map.model} on {compiled.config.name}", compiled.config, recordings,
+                              facts, lambda line: update(None, f"writing {line}"))
+    if as_json:
+        print_json(found)
+        return
+    print(f"{output}: {', '.join(FILES)}")
+    print(f"{found['cycles']:,} cycles in {len(recordings)} runs ({label}): "
+          + ", ".join(f"{cause} {cycles / found['cycles']:.1%}" for cause, cycles in found["breakdown"].items()))
+    for item in found["costliest"][:3]:
+        share = item["cycles"] / found["cycles"]
+        print(f"  {share:.1%} {item['text'].split()[0]} ({item['note']}), {item['count']} times")
 
 
 def fit(model: Annotated[str | None, typer.Option("-m", "--model", help="GGUF file, Hugging Face folder, or a name "
