@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from skipopu.golden.arithmetic import align, align_kv, from_int
-from skipopu.hw.formats import KV_FRACTION
+from skipopu.hw.formats import ATTENTION_BITS, KV_BITS, KV_FRACTION
 
 from .baseline import HalfAdd, HalfDot, HalfMul
 
@@ -49,12 +49,12 @@ def dot_errors(*, terms=64, block=32, trials=100_000, seed=1):
 
 def _ours(q, k, block):
     """Query and key as the overlay multiplies them: docs/numerics.md."""
-    mantissa, exponent, _ = align(q.astype(np.float64), block)
+    mantissa, exponent, _ = align(q.astype(np.float64), block, ATTENTION_BITS)
     key, key_exponent = align_kv(k.view(np.uint16))
     largest = exponent.max(-1).astype(np.int64)
     dots = (mantissa.astype(np.int64) * key.reshape(mantissa.shape)).sum(-1) << KV_FRACTION
     total = (dots >> np.minimum(largest[:, None] - exponent, 63)).sum(-1)
-    return from_int(total, largest + key_exponent - (14 + 25 + KV_FRACTION))
+    return from_int(total, largest + key_exponent - (ATTENTION_BITS - 2 + KV_BITS + 13 + KV_FRACTION))
 
 
 def _cascade(q, k):

@@ -65,21 +65,21 @@ def widen_half(bits: np.ndarray) -> np.ndarray:
     return np.where(bits >> 10 & 31, np.ldexp(significand.astype(np.float64), field - 25), 0.0)
 
 
-def align(x: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Shared exponents: x ~ mantissa * 2^(exponent - 14).
+def align(x: np.ndarray, block: int, bits: int = 16) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Shared exponents: x ~ mantissa * 2^(exponent - bits + 2).
 
-    x : FP32 in float64 [..., blocks * block]
+    x : FP32 in float64 [..., blocks * block]; bits : 16, or 14 for queries and probabilities
     Returns mantissas int16 [..., blocks, block], exponents int16 [..., blocks] (-127 for an all-zero block), sums of
-    the mantissas int32 [..., blocks]. Magnitudes round half up and saturate at 32767.
+    the mantissas int32 [..., blocks]. Magnitudes round half up and saturate at 32767, or 8191.
     """
     x = x.reshape(*x.shape[:-1], -1, block)
     magnitude = np.abs(x)
     top = magnitude.max(-1)
     exponent = np.where(top == 0, NO_EXPONENT, np.frexp(top)[1] - 1)
-    magnitude *= np.ldexp(1.0, 14 - exponent)[..., None]
+    magnitude *= np.ldexp(1.0, bits - 2 - exponent)[..., None]
     magnitude += 0.5
     np.floor(magnitude, out=magnitude)
-    np.minimum(magnitude, 32767, out=magnitude)
+    np.minimum(magnitude, 2.0 ** (bits - 1) - 1, out=magnitude)
     mantissa = np.copysign(magnitude, x).astype(np.int16)
     return mantissa, exponent.astype(np.int16), mantissa.sum(-1, dtype=np.int32)
 
@@ -98,9 +98,9 @@ def half_parts(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def align_kv(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One exponent per head: FP16 bits (uint16) [..., dims] -> int32 12-bit mantissas [..., dims], exponents [...]."""
+    """One exponent per head: FP16 bits (uint16) [..., dims] -> int32 14-bit mantissas [..., dims], exponents [...]."""
     significand, field = half_parts(bits)
     top = field.max(-1)
     shift = top[..., None] - field
-    magnitude = (np.abs(significand) + (1 << shift >> 1)) >> shift
+    magnitude = ((np.abs(significand) << 2) + (1 << shift >> 1)) >> shift
     return np.where(significand < 0, -magnitude, magnitude), top

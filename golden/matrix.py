@@ -17,6 +17,7 @@ from .state import BeatStream, MachineState, Write, nest
 __all__ = ["MatrixUnit"]
 
 SLOTS = 2  #: KV tiles that the KV buffer holds
+ATTENTION_LIMIT = (1 << 13) - 1  #: largest mantissa of a query or probability
 
 
 class MatrixUnit:
@@ -65,11 +66,15 @@ class MatrixUnit:
             raise ProgramError("matmul reads a vector whose first row is not the first row of an aligned vector")
         # A block whose shift is 63 or more contributes 0 or -1 at any such shift, so powers of two stay ordinary.
         scale = np.ldexp(1.0, np.maximum(drop, -63))  # [h, g, t, k, blocks]
-        x = state.mbuf[rows].reshape(*scale.shape, config.block) * scale[..., None]
+        mantissas = state.mbuf[rows]
+        mode = values["mode"]
+        if mode in (MatmulMode.QK, MatmulMode.PV) and np.abs(mantissas).max() > ATTENTION_LIMIT:
+            raise ProgramError(f"matmul {MatmulMode(mode).name} reads mantissas beyond {ATTENTION_LIMIT}: only vrope "
+                               f"and vprob write what it may read")
+        x = mantissas.reshape(*scale.shape, config.block) * scale[..., None]
         heads, shape = values["heads"], emax.shape
         # to [h, blocks, rows, block]
         x = x.reshape(heads, -1, scale.shape[-2] * scale.shape[-1], config.block).swapaxes(1, 2)
-        mode = values["mode"]
         if mode in (MatmulMode.W4, MatmulMode.W4M, MatmulMode.W8):
             sums = (state.mbuf_sums[rows] * scale).reshape(heads, -1, x.shape[1])  # [h, rows, blocks]
             acc = np.stack([_weighted(tiles, part, total) for tiles, part, total in

@@ -25,6 +25,7 @@ TERM_LIMIT = 1 << 56
 SUM_LIMIT = (1 << 63) - 1
 SCORE_LIMIT = 1 << 44
 PROB_LIMIT = 1 << 30
+ATTENTION_BITS = 14  #: mantissas of queries and probabilities
 Fail = Callable[[FaultCause, str], NoReturn]
 
 
@@ -138,15 +139,15 @@ class VectorUnit:
 
     # ---- results
 
-    def _align(self, values: dict[str, int], span: Nest, out: np.ndarray) -> Write:
-        """Align ``out`` into MBUF, one maximum exponent per ``vector`` beats."""
+    def _align(self, values: dict[str, int], span: Nest, out: np.ndarray, bits: int = 16) -> Write:
+        """Align ``out`` into MBUF with mantissas of so many bits, one maximum exponent per ``vector`` beats."""
         state, config, per = self.state, self.state.config, self.per_row
         target, vector, beats = self._target(values), values["vector"], span.shape[-1]
         if vector == 0 or vector % per or beats % per or ((target + span.offset[..., 0]) % per).any():
             raise ProgramError(f"aligned vectors must fill whole rows of {per} beats: destination {target}, "
                                f"vector {vector}, beats {beats}")
         self._rows(target, span, config.mbuf_rows * per, "mbuf beat, ")
-        mantissa, exponent, total = align(out.reshape(*span.shape[:3], -1), config.block)
+        mantissa, exponent, total = align(out.reshape(*span.shape[:3], -1), config.block, bits)
         rows = (target + span.offset[..., ::per]) // per  # [h, g, t, MBUF rows]
         exponent = exponent.reshape(*rows.shape, config.blocks)
         state.mbuf[rows] = mantissa.reshape(*rows.shape, config.lanes)
@@ -200,7 +201,7 @@ class VectorUnit:
             swapped = v.reshape(*v.shape[:-1], -1, 2)[..., ::-1].reshape(v.shape)
             v = add(mul(v, self._table(values, span)), mul(swapped, self._table(values, span, values["wrap"])))
         if values["dest"] != Destination.KVOUT:
-            return [self._align(values, span, v)]
+            return [self._align(values, span, v, ATTENTION_BITS)]
         config = self.state.config
         target, per = self._target(values), config.beat_elements // config.vector_lanes
         self._rows(target, span, config.kvout_rows * per, "kvout beat")
@@ -244,7 +245,7 @@ class VectorUnit:
         kept = np.where(alpha == ALPHA_DROP, 0, state.total[index] >> np.minimum(alpha, 63))
         state.total[index] = kept + term.sum((-2, -1))
         shift = exponent[: span.shape[0]].reshape(-1, 1, 1, span.shape[-1], p.shape[-1]) - 25
-        return [self._align(values, span, scale2(p, shift)), Write("state", index.ravel())]
+        return [self._align(values, span, scale2(p, shift), ATTENTION_BITS), Write("state", index.ravel())]
 
     def _vmerge(self, values: dict[str, int], span: Nest) -> list[Write]:
         alpha = self.state.alpha[self._states(span)][..., None, None]

@@ -1,14 +1,16 @@
 """Number formats of the overlay: widths and binary points, named once. `docs/numerics.md` defines the arithmetic."""
 
 __all__ = [
-    "ACC_BITS", "ALPHA_DROP", "CODE_BITS", "KV_BITS", "KV_FRACTION", "LOWEST", "MANTISSA_BITS", "MAXIMUM_INIT",
-    "PROB_FRACTION", "STATE_BITS", "SUM_BITS", "SUM_FRACTION", "fp32_bits",
+    "ACC_BITS", "ALPHA_DROP", "ATTENTION_BITS", "CODE_BITS", "KV_BITS", "KV_FRACTION", "KV_LARGEST", "LOWEST",
+    "MANTISSA_BITS", "MAXIMUM_INIT", "PROB_FRACTION", "STATE_BITS", "SUM_BITS", "SUM_FRACTION", "fp32_bits",
 ]
 
 import struct
 
 MANTISSA_BITS = 16  #: signed mantissa of an aligned activation
-KV_BITS = 12  #: signed mantissa of aligned K and V
+ATTENTION_BITS = 14  #: signed mantissa of an aligned query or probability
+KV_BITS = 14  #: signed mantissa of aligned K and V
+KV_LARGEST = 2047 << KV_BITS - 12  #: its largest magnitude: an FP16 significand, 11 bits, with zeros behind
 KV_FRACTION = 6  #: bits below the unit of a dot product with K or V in an accumulator
 CODE_BITS = 4  #: weight code in the array
 ACC_BITS = 48  #: accumulator

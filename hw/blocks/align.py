@@ -7,7 +7,7 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from ..formats import MANTISSA_BITS
+from ..formats import ATTENTION_BITS, MANTISSA_BITS
 from .fp import delay, fields_model, wire
 from .trees import tree
 
@@ -22,6 +22,7 @@ class BlockAlign(wiring.Component):
     Members
     -------
     a : In(32) array of ``block``, FP32 bits
+    short : In(1), with ``a``: mantissas of ATTENTION_BITS, for queries and probabilities
     en : In(latency), register enables
     m : Out(signed(16)) array of ``block``
     e : Out(signed(9)), -127 for a block of zeros
@@ -35,18 +36,19 @@ class BlockAlign(wiring.Component):
             raise ValueError(f"block must be a power of two, not {block}")
         self._block = block
         super().__init__({
-            "a": In(32).array(block), "en": In(self.latency),
+            "a": In(32).array(block), "short": In(1), "en": In(self.latency),
             "m": Out(signed(MANTISSA_BITS)).array(block), "e": Out(signed(9)),
             "s": Out(signed(MANTISSA_BITS + block.bit_length() - 1)),
         })
 
     @staticmethod
-    def model(a):
-        """(m, e, s) as int64 of FP32 bits [..., block], with m [..., block]."""
+    def model(a, short=False):
+        """(m, e, s) as int64 of FP32 bits [..., block], with m [..., block]; short : bool, or one per block [...]."""
+        bits = np.where(short, ATTENTION_BITS, MANTISSA_BITS)[..., None]
         negative, field, significand = fields_model(a)
         top = field.max(axis=-1, keepdims=True)
-        down = np.minimum(25 - MANTISSA_BITS + top - field, 40)
-        magnitude = np.minimum((significand + (1 << (down - 1))) >> down, (1 << (MANTISSA_BITS - 1)) - 1)
+        down = np.minimum(25 - bits + top - field, 40)
+        magnitude = np.minimum((significand + (1 << (down - 1))) >> down, (1 << (bits - 1)) - 1)
         mantissa = np.where(negative, -magnitude, magnitude)
         return mantissa, top[..., 0] - 127, mantissa.sum(axis=-1)
 
@@ -69,21 +71,23 @@ class BlockAlign(wiring.Component):
         held = [delay(m, Cat(a[8:23], a[23:32]), en[:2], f"held_{k}") for k, a in enumerate(self.a)]
 
         # 3: shift to the block's exponent, with one bit below the mantissa
+        short = delay(m, self.short, en[:2], "short")
+        dropped = short * (MANTISSA_BITS - ATTENTION_BITS)
         shifted, signs = [], []
         for k, element in enumerate(held):
             field, distance = element[15:23], Signal(9, name=f"distance_{k}")
-            m.d.comb += distance.eq(top - field)
+            m.d.comb += distance.eq(top - field + dropped)
             places = Mux(distance > 16, 16, distance)[:5]
             value = Mux(field.any(), Cat(element[:15], Const(1, 1)), 0)
             shifted.append(register(2, value >> places, f"shifted_{k}"))
             signs.append(register(2, element[23], f"sign_{k}"))
 
         # 4: round half up, clamp (only rounding up to the next power of two exceeds the limit), sign
-        mantissas = []
+        mantissas, short = [], register(2, short, "short_4")
         for k, (value, sign) in enumerate(zip(shifted, signs)):
             rounded = Signal(MANTISSA_BITS, name=f"rounded_{k}")
             m.d.comb += rounded.eq((value + 1)[1:])
-            magnitude = rounded - rounded[MANTISSA_BITS - 1]
+            magnitude = rounded - Mux(short, rounded[ATTENTION_BITS - 1], rounded[MANTISSA_BITS - 1])
             mantissas.append(register(3, Mux(sign, -magnitude, magnitude)[:MANTISSA_BITS], f"mantissa_{k}").as_signed())
 
         # 5, 6: the sum

@@ -1,24 +1,24 @@
 """Exact dot products of aligned mantissas with the words of two columns, in the multipliers of each device.
 
-A word is a weight code 0..15 or a 12-bit mantissa of a key or value, -2047..2047: one arithmetic for both, so that a
-row may change its kind from cycle to cycle.
+A word is a weight code 0..15, for mantissas of 16 bits, or a mantissa of a key or value, -8188..8188, for those of 14
+bits: one arithmetic for both, so that a row may change its kind from cycle to cycle.
 
 DSP48E2: two products per slice, four slices per cascade
 --------------------------------------------------------
-    A + D = k0 + k1 * 2^15                  26          15 14              0
+    A + D = k0 + k1 * 2^13                  26          13 12              0
                                             [     k1      ][ sign of k0 ...]  + k0
-    sum over a cascade of m * (A + D)       43          29 28              0
-      = S0 + S1 * 2^15                      [ S1, 29 bits from bit 15 on    ]
+    sum over a cascade of m * (A + D)       41          29 28              0
+      = S0 + S1 * 2^13                      [ S1, 29 bits from bit 13 on    ]
                                                           [ S0, 29 bits     ]
 
-The sums overlap in 14 bits. Fabric forms low = -S1 modulo 2^14, one Booth digit of k1 per carry chain; the last slice
+The sums overlap in 16 bits. Fabric forms low = -S1 modulo 2^16, one Booth digit of k1 per carry chain; the last slice
 adds it through its C port, another one adds 2^28, so that the lower field is never negative and nothing borrows:
 
-    P = S0 + 2^28 + H * 2^29                43          29 28              0
-    with S1 = H * 2^14 - low                [  H, 15 bits ][ S0 + 2^28     ]
+    P = S0 + 2^28 + H * 2^29                41          29 28              0
+    with S1 = H * 2^16 - low                [  H, 13 bits ][ S0 + 2^28     ]
 
-Exact for |m| <= 32768, |k| <= 2047: all that alignment makes (magnitude and sign, `docs/numerics.md`). The lanes of a
-cascade enter one cycle after each other (`skew`); then the sums of the cascades are added.
+Exact for all that alignment makes (`docs/numerics.md`): |m| <= 8191 with |k| <= 8188, |m| <= 32767 with codes. The
+lanes of a cascade enter one cycle after each other (`skew`); then the sums of the cascades are added.
 
 MULT18X18D: one product per multiplier and adders behind. Generic: all in one expression, which a simulator likes.
 """
@@ -28,7 +28,7 @@ from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
 from ..config import DSPS, ConfigError
-from ..formats import KV_BITS, MANTISSA_BITS
+from ..formats import ATTENTION_BITS, KV_BITS, KV_LARGEST, MANTISSA_BITS
 from .dsp import W_C, W_ZERO, XY_M, Z_PCIN, Z_ZERO, Dsp48e2
 from .trees import tree, tree_sum
 
@@ -39,10 +39,10 @@ __all__ = [
 DOT_BITS = 32
 BIAS_BITS = 25
 CASCADE = 4  #: slices whose results add up within the DSP column
-_SHIFT = 15  # distance of the two words: 12 + 15 bits fill the pre-adder
-_FIELD = MANTISSA_BITS + KV_BITS - 1 + (CASCADE - 1).bit_length()  # of the lower sum
+_SHIFT = 27 - KV_BITS  # distance of the two words: they fill the pre-adder
+_FIELD = ATTENTION_BITS + KV_BITS - 1 + (CASCADE - 1).bit_length()  # of the lower sum
 _LOW = _FIELD - _SHIFT
-_SPLIT = 6  # places of the first half of the Booth digits
+_SPLIT = 6  # places of the Booth digits that one sum takes; another one takes the rest
 _PIPELINED = 8
 
 
@@ -67,7 +67,8 @@ class DotPair(wiring.Component):
     Members
     -------
     en : only with "generic": mantissas are valid
-    mantissa, word : per lane, and per column and lane, `skew` cycles after those of lane 0
+    mantissa, word : per lane, and per column and lane, `skew` cycles after those of lane 0; mantissas are of
+        ATTENTION_BITS unless all words are 0..15
     bias : added to both; not 0 only while all words are 0..15
     dot : signed(32) per column, `dot_latency` cycles later
 
@@ -76,12 +77,12 @@ class DotPair(wiring.Component):
     """
 
     def __init__(self, *, lanes, dsp="generic"):
-        largest = lanes * ((1 << MANTISSA_BITS - 1) - 1) * ((1 << KV_BITS - 1) - 1)
+        mantissa = (1 << ATTENTION_BITS - 1) - 1
         relations = [
             (dsp in DSPS, f"dsp must be one of {', '.join(DSPS)}, not {dsp!r}"),
             (lanes >= 1 and lanes % CASCADE == 0, f"lanes of a block must be a multiple of {CASCADE}, not {lanes}"),
-            (largest < 1 << DOT_BITS - 1,
-             f"lanes * 32767 * 2047 must be below 2^{DOT_BITS - 1}, which {lanes} lanes exceed"),
+            (lanes * mantissa * KV_LARGEST < 1 << DOT_BITS - 1,
+             f"lanes * {mantissa} * {KV_LARGEST} must be below 2^{DOT_BITS - 1}, which {lanes} lanes exceed"),
         ]
         for holds, message in relations:
             if not holds:
@@ -215,8 +216,8 @@ class BoothRow(wiring.Component):
 class LowLane(wiring.Component):
     """Subtracts the lower bits of mantissa * word from two sums, one cycle later.
 
-    upper : 14 bits, takes the digits of word bits 0..5; lower : 8 bits that count 2^6, the other digits.
-    The product is modulo 2^14 in upper + lower * 2^6.
+    upper : 16 bits, takes the digits of word bits 0..5; lower : 10 bits that count 2^6, the other digits.
+    The product is modulo 2^16 in upper + lower * 2^6.
     """
 
     def __init__(self):
@@ -227,10 +228,10 @@ class LowLane(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         digits = Cat(C(0, 1), self.word)
-        for name, value, target, first in (("upper", self.upper_in, self.upper, 0),
-                                           ("lower", self.lower_in, self.lower, _SPLIT)):
+        for name, value, target, places in (("upper", self.upper_in, self.upper, range(0, _SPLIT, 2)),
+                                            ("lower", self.lower_in, self.lower, range(_SPLIT, KV_BITS, 2))):
             settled = []
-            for place in range(first, min(first + _SPLIT, KV_BITS), 2):
+            for place in places:
                 width = _LOW - place
                 m.submodules[f"row{place}"] = row = BoothRow(width=width)
                 m.d.comb += [row.acc.eq(value), row.digit.eq(digits[place:place + 3]),

@@ -1,7 +1,7 @@
 """KV buffer: two tiles of keys and values, aligned to one exponent per (token, head) on their way to the array.
 
-Memory holds FP16; the array multiplies 12-bit integers. While a tile is written the largest exponent of each head of
-each token is found; while it is read every element is shifted to that exponent (docs/numerics.md, Keys and values).
+Memory holds FP16; the array multiplies integers of KV_BITS. While a tile is written the largest exponent of each head
+of each token is found; while it is read every element is shifted to that exponent (docs/numerics.md, Keys and values).
 
 A word of the buffer is one superbeat: beat b of the records of tokens r*P .. r*P + P-1, at address {slot, r, b}. All
 sizes are powers of two, so a tile's addresses are joined fields and one addition.
@@ -19,6 +19,7 @@ from .trees import tree
 __all__ = ["KvBuffer", "KvLargest", "KvRequest", "KvShift", "KvTile", "KvWrite"]
 
 _SIGNIFICAND = 11  #: bits of an FP16 significand with its hidden bit
+_BELOW = KV_BITS - 1 - _SIGNIFICAND  #: places of a mantissa below the significand of the largest exponent
 _ES = 5  #: bits of an exponent
 
 
@@ -87,18 +88,18 @@ class KvShift(wiring.Component):
             word = self.beat[16 * index:16 * index + 16]
             field, hidden = word[10:15], word[10:15].any()
             sign, significand = Signal(name=f"sign{index}"), Signal(_SIGNIFICAND, name=f"significand{index}")
-            shift = Signal(range(_SIGNIFICAND + 2), name=f"shift{index}")
+            shift = Signal(range(KV_BITS + 1), name=f"shift{index}")
             # Written out twice below: a simulator then evaluates it only when the register is enabled.
             distance = (self.shared - Cat(field[0] | ~hidden, field[1:]))[:_ES]
             with m.If(self.en[0]):
                 m.d.sync += [
                     sign.eq(word[15]), significand.eq(Mux(self.zero, 0, Cat(word[:10], hidden))),
-                    shift.eq(Mux(distance > _SIGNIFICAND, _SIGNIFICAND + 1, distance)),  # further is 0 as well
+                    shift.eq(Mux(distance > KV_BITS, KV_BITS, distance)),  # further is 0 as well
                 ]
             mantissa = Signal(signed(KV_BITS), name=f"mantissa{index}")
             m.d.comb += self.o[index].eq(mantissa)
             # Rounding and sign in one addition: with x + 1 = -~x the mantissa is (x + 1) >> 1 or (~x + 1) >> 1.
-            shifted = Cat((significand << 1) >> shift, Const(0, 1)) ^ sign.replicate(KV_BITS + 1)
+            shifted = Cat((significand << _BELOW + 1) >> shift, Const(0, 1)) ^ sign.replicate(KV_BITS + 1)
             with m.If(self.en[1]):
                 m.d.sync += mantissa.eq((shifted.as_signed() + 1) >> 1)
         return m
@@ -143,9 +144,9 @@ class KvBuffer(wiring.Component):
         significand = (bits & 1023) + np.where(field > 0, 1024, 0)
         exponent = np.maximum(field, 1)
         shared = exponent.max(axis=-1)
-        # floor(sig / 2^s + 1/2) = (sig * 2 + 2^s) >> (s + 1)
+        # floor(x / 2^s + 1/2) = (x * 2 + 2^s) >> (s + 1)
         shift = shared[..., None] - exponent
-        magnitude = (2 * significand + (1 << shift)) >> (shift + 1)
+        magnitude = ((significand << _BELOW + 1) + (1 << shift)) >> (shift + 1)
         return shared, np.where(bits >> 15 & 1, -magnitude, magnitude)
 
     def elaborate(self, platform):

@@ -536,7 +536,7 @@ class VectorUnit(wiring.Component):
                 m.d.sync += targets[i + 1].eq(targets[i])
         for b in range(config.blocks):
             m.submodules[f"align{b}"] = align = BlockAlign(block=config.block)
-            m.d.comb += [align.en.eq(Cat(*aligning[:-1])),
+            m.d.comb += [align.en.eq(Cat(*aligning[:-1])), align.short.eq(op["vrope"] | op["vprob"]),
                          self.write_data.exponent[b].eq(align.e), self.write_data.sum[b].eq(align.s)]
             for k in range(config.block):
                 m.d.comb += [align.a[k].eq(gathered[b * config.block + k]),

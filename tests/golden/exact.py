@@ -28,15 +28,16 @@ def rounded(value):
     return result if value > 0 else -result
 
 
-def block_by_text(values):
-    """e, mantissas of a block of Fractions, word for word from the text."""
+def block_by_text(values, bits=16):
+    """e, mantissas of a block of Fractions, word for word from the text; 14 bits for queries and probabilities."""
     magnitudes = [abs(v) for v in values]
     if not any(magnitudes):
         return -127, [0] * len(values)
     top = max(magnitudes)
     e = top.numerator.bit_length() - top.denominator.bit_length()
     e -= Fraction(2) ** e > top
-    m = [min((v * Fraction(2) ** (14 - e) + Fraction(1, 2)).__floor__(), 32767) for v in magnitudes]
+    places, limit = {16: (14, 32767), 14: (12, 8191)}[bits]
+    m = [min((v * Fraction(2) ** (places - e) + Fraction(1, 2)).__floor__(), limit) for v in magnitudes]
     return e, [-k if v < 0 else k for k, v in zip(m, values)]
 
 

@@ -41,11 +41,11 @@ class Bench:
     def write(self, address, stream):
         stripe(self.config, self.image, address, stream)
 
-    def fill_mbuf(self, row, values, vector=None):
+    def fill_mbuf(self, row, values, vector=None, bits=16):
         """Align ``values`` [rows, ...] by the text; every ``vector`` MBUF rows share a maximum."""
         config, machine = self.config, self.machine
         values = values.reshape(-1, config.block)
-        found = [block_by_text([Fraction(float(x)) for x in block]) for block in values]
+        found = [block_by_text([Fraction(float(x)) for x in block], bits) for block in values]
         e = np.array([item[0] for item in found], np.int16).reshape(-1, config.blocks)
         m = np.array([item[1] for item in found], np.int16).reshape(-1, config.lanes)
         rows = slice(row, row + len(m))
@@ -55,11 +55,11 @@ class Bench:
         for first in range(0, len(m), step):
             machine.mbuf_emax[row + first] = e[first : first + step].max()
 
-    def aligned(self, row, count):
+    def aligned(self, row, count, bits=16):
         """Values that ``count`` MBUF rows stand for, float64 [count * K]; and each element's unit."""
         m = self.machine
         e = m.mbuf_exponents[row : row + count].astype(int).repeat(self.config.block, axis=1)
-        unit = np.ldexp(1.0, e - 14)
+        unit = np.ldexp(1.0, e - bits + 2)
         return (m.mbuf[row : row + count] * unit).ravel(), unit.ravel()
 
 

@@ -77,21 +77,22 @@ def test_from_int_rounds_once():
         check(from_int(array, n), [rounded(v * Fraction(2) ** int(k)) for v, k in zip(values, n)], array, n)
 
 
+@pytest.mark.parametrize("bits", [16, 14])
 @pytest.mark.parametrize("block", [8, 32])
-def test_align_follows_the_text(block):
+def test_align_follows_the_text(block, bits):
     rng = np.random.default_rng(block)
     rows = random_bits(rng, 40 * block, 100, 140).reshape(40, block).view(np.float32).astype(np.float64)
     rows[0] = 0
     rows[1], rows[1, 3] = 0, -1.0
-    rows[2] = 2.0 - 2.0**-23  # rounds up to 2^15: saturates
+    rows[2] = 2.0 - 2.0**-23  # rounds up to the next power of two: saturates
     rows[3, 1], rows[3, 0] = 2.0**-126, LARGEST
     rows[4], rows[4, 5] = 0, LOWEST
-    rows[5], rows[5, 0], rows[5, 1] = 0, 1.0, 2.0**-15  # exactly one half: rounds up
-    rows[6], rows[6, 0], rows[6, 1] = 0, 1.0, -(2.0**-15)
-    mantissa, exponent, total = align(rows.reshape(20, 2 * block), block)
+    rows[5], rows[5, 0], rows[5, 1] = 0, 1.0, 2.0 ** (1 - bits)  # exactly one half: rounds up
+    rows[6], rows[6, 0], rows[6, 1] = 0, 1.0, -(2.0 ** (1 - bits))
+    mantissa, exponent, total = align(rows.reshape(20, 2 * block), block, *([] if bits == 16 else [bits]))
     assert mantissa.shape == (20, 2, block) and exponent.shape == total.shape == (20, 2)
     for index, row in enumerate(rows):
-        e, m = block_by_text([Fraction(v) for v in row])
+        e, m = block_by_text([Fraction(v) for v in row], bits)
         at = divmod(index, 2)
         assert (exponent[at], mantissa[at].tolist(), total[at]) == (e, m, sum(m)), f"block {index}"
 
@@ -129,10 +130,10 @@ def test_align_kv_follows_the_text():
         want = []
         for b, field in zip(row, fields):
             significand = b & 1023 | (1024 if b >> 10 & 31 else 0)
-            k = (Fraction(significand, 2 ** (es - field)) + Fraction(1, 2)).__floor__()
+            k = (Fraction(4 * significand, 2 ** (es - field)) + Fraction(1, 2)).__floor__()
             want.append(-k if b >> 15 else k)
         assert m == want
-    assert abs(mantissa).max() <= 2047
+    assert abs(mantissa).max() <= 8188
 
 
 HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16)

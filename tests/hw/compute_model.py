@@ -42,9 +42,8 @@ def contribution(mode, codes, row, gap, scale, minimum, scale_exponent, plane=0)
     return total.sum(0)
 
 
-def make_rows(rng, config, vectors, rows, *, spread=None):
-    """Aligned vectors: mantissas int64 [vectors, rows, lanes], exponents [vectors, rows, blocks]."""
-    limit = 32767
+def make_rows(rng, config, vectors, rows, *, spread=None, limit=32767):
+    """Aligned vectors: mantissas int64 [vectors, rows, lanes] up to ``limit``, exponents [vectors, rows, blocks]."""
     mantissas = rng.integers(-limit, limit + 1, (vectors, rows, config.lanes))
     small = rng.random((vectors, rows, 1)) < 0.3
     mantissas = np.where(small, rng.integers(-3, 4, mantissas.shape), mantissas)
@@ -85,7 +84,7 @@ class Matmul:
         self.planes = 2 if self.mode == MatmulMode.W8 else 1
         n_tiles, k_tiles = fields["n_tiles"], fields["k_tiles"]
         vectors = heads * groups * len(self.t)
-        self.mantissas, self.exponents = make_rows(rng, config, vectors, k_tiles)
+        self.mantissas, self.exponents = make_rows(rng, config, vectors, k_tiles, limit=8191 if self.is_kv else 32767)
         h, g, t = np.unravel_index(np.arange(vectors), (heads, groups, len(self.t)))
         t = np.array(self.t)[t]
         starts = fields["x"] + t * fields["row_stride"] + g * fields["group_stride"] + h * fields["head_stride"]
@@ -93,7 +92,7 @@ class Matmul:
             for k in range(k_tiles):
                 self.rows[start + k] = self.mantissas[vector, k], self.exponents[vector, k], start, int(k == 0)
         self.shape = heads, n_tiles, k_tiles, self.planes
-        limit = 2047 if self.is_kv else 8
+        limit = 8188 if self.is_kv else 8
         self.codes = rng.integers(-limit, limit + self.is_kv, (*self.shape, config.columns, config.lanes))
         extreme = rng.random((*self.shape, 1, 1)) < 0.1
         self.codes = np.where(extreme, rng.choice([-limit, limit - 1 + self.is_kv], extreme.shape), self.codes)

@@ -36,9 +36,10 @@ async def aligns(dut, seed):
     block = bench_parameters()["block"]
     a = blocks(seed, block, 4096 // block * 2)
     a = a[np.random.default_rng(seed).permutation(len(a))]
-    mantissas, e, total = BlockAlign.model(a)
+    short = np.random.default_rng(seed + 1).integers(0, 2, len(a))  # both kinds, in no order
+    mantissas, e, total = BlockAlign.model(a, short)
     await check_lanes(
-        dut, count=1, seed=seed, inputs={f"a_{k}": a[:, k] for k in range(block)},
+        dut, count=1, seed=seed, inputs={"short": short, **{f"a_{k}": a[:, k] for k in range(block)}},
         outputs={"e": e, "s": total, **{f"m_{k}": mantissas[:, k] for k in range(block)}})
 
 
@@ -47,17 +48,18 @@ def test_alignment_equals_model(block):
     run_bench(Lanes(lambda: BlockAlign(block), count=1), aligns, parameters={"block": block})
 
 
-def test_model_is_exact_arithmetic():
+@pytest.mark.parametrize(("short", "places", "limit"), [(False, 14, 32767), (True, 12, 8191)])
+def test_model_is_exact_arithmetic(short, places, limit):
     a = blocks(2, 8, 300)
     values = to_float64(a)
-    for row, mantissa, exponent, total in zip(values, *BlockAlign.model(a)):
+    for row, mantissa, exponent, total in zip(values, *BlockAlign.model(a, short)):
         largest = Fraction(float(np.abs(row).max()))
         if largest == 0:
             assert exponent == -127 and not mantissa.any() and total == 0
             continue
         assert Fraction(2) ** int(exponent) <= largest < Fraction(2) ** (int(exponent) + 1)
-        scale = Fraction(2) ** (14 - int(exponent))
-        expected = [min(floor(abs(Fraction(float(x))) * scale + Fraction(1, 2)), 32767) for x in row]
+        scale = Fraction(2) ** (places - int(exponent))
+        expected = [min(floor(abs(Fraction(float(x))) * scale + Fraction(1, 2)), limit) for x in row]
         assert mantissa.tolist() == [-v if x < 0 else v for x, v in zip(row, expected)]
         assert total == mantissa.sum()
 

@@ -20,7 +20,7 @@ SHIFT_LIMIT = 63
 def make_tile(rng, config, kind):
     """A tile with its scales. kind : "codes", "keys" or "values", which is also the way it is loaded"""
     shape, blocks = (config.columns, config.lanes), (config.columns, config.blocks)
-    low, high = (-8, 7) if kind == "codes" else (-2047, 2047)
+    low, high = (-8, 7) if kind == "codes" else (-8188, 8188)
     codes = rng.integers(low, high + 1, shape)
     codes = np.where(rng.random((config.columns, 1)) < 0.2, rng.choice([low, high, -1, 0], (config.columns, 1)), codes)
 
@@ -38,11 +38,12 @@ def make_tile(rng, config, kind):
     return SimpleNamespace(kind=kind, codes=codes, scale=unit, minimum=scale(), offset=0, use_minimum=0)
 
 
-def make_row(rng, config):
-    """Mantissas [lanes], sums, exponents [blocks] and the vector's largest exponent."""
-    mantissas = rng.integers(-32767, 32768, config.lanes)
+def make_row(rng, config, tile):
+    """Mantissas [lanes], sums, exponents [blocks] and the vector's largest exponent: a row that meets the tile."""
+    limit = 32767 if tile.kind == "codes" else 8191
+    mantissas = rng.integers(-limit, limit + 1, config.lanes)
     if rng.random() < 0.2:
-        mantissas[:] = rng.choice([-32767, 32767, -2047, 2047, 0, -1])
+        mantissas[:] = rng.choice([-limit, limit, -2047, 2047, 0, -1])
     sums = mantissas.reshape(config.blocks, -1).sum(-1)
     maximum = int(rng.integers(-127, 128))
     gaps = rng.choice([0, 1, 2, 5, 20, 61, 62, 63, 64, 65, 254], config.blocks)
@@ -69,7 +70,7 @@ def superbeats(config, tile):
     tokens = tile.codes if tile.kind == "keys" else tile.codes.T
     ports, elements = config.ports, config.beat_elements
     lines = tokens.reshape(len(tokens) // ports, ports, -1, elements).transpose(0, 2, 1, 3)
-    return [sum((int(value) & 0xFFF) << 12 * i for i, value in enumerate(line))
+    return [sum((int(value) & 0x3FFF) << 14 * i for i, value in enumerate(line))
             for line in lines.reshape(-1, ports * elements)]
 
 
@@ -164,7 +165,7 @@ async def accumulates_exactly(dut, seed):
                     await machine.step()
                 final = i == rows - 1
                 first = int(place not in machine.acc or rng.random() < 0.2)
-                await machine.step(load=beats.pop(0) if final else None, row=make_row(rng, config), tile=tile,
+                await machine.step(load=beats.pop(0) if final else None, row=make_row(rng, config, tile), tile=tile,
                                    acc=place, first=first, last=int(final and rng.random() < 0.5))
         for beat in beats:
             await machine.step(load=beat)
@@ -188,7 +189,7 @@ async def every_shift_floors(dut):
             # The tile registers stay; only the scales differ.
             scale = tile.scale[0], columns
             scaled = SimpleNamespace(**vars(tile) | {"scale": scale, "minimum": scale})
-            row = make_row(rng, config)
+            row = make_row(rng, config, tile)
             row.maximum, row.exponents = 100, np.full(config.blocks, 100 - gap)
             await machine.step(row=row, tile=scaled, acc=number, first=1)
         await machine.check()
@@ -205,7 +206,7 @@ async def banks_are_apart(dut):
         await machine.step(load=("keys", index, word))
     for first in (1, 0, 0):
         for acc in rng.permutation(2 * config.acc_rows).tolist():
-            await machine.step(row=make_row(rng, config), tile=tile, acc=acc, first=first, last=1)
+            await machine.step(row=make_row(rng, config, tile), tile=tile, acc=acc, first=first, last=1)
         await machine.check()
 
 
@@ -218,7 +219,8 @@ async def columns_sum_their_blocks(dut, seed):
         if hasattr(dut, name):
             getattr(dut, name).value = 1
     for number in range(60):
-        tile, row = make_tile(rng, config, ("codes", "keys")[number % 2]), make_row(rng, config)
+        tile = make_tile(rng, config, ("codes", "keys")[number % 2])
+        row = make_row(rng, config, tile)
         want = contribution(config, tile, row)[:2]
         acc = acc + want if number % 3 else want
         is_code = tile.kind == "codes"
@@ -227,7 +229,7 @@ async def columns_sum_their_blocks(dut, seed):
             for c in range(2):
                 word = int(tile.codes[c, k])
                 getattr(dut, f"code__{c}__{k}").value = word & 15 if is_code else int(rng.integers(16))
-                getattr(dut, f"key__{c}__{k}").value = int(rng.integers(-2047, 2048)) if is_code else word
+                getattr(dut, f"key__{c}__{k}").value = int(rng.integers(-8188, 8189)) if is_code else word
                 getattr(dut, f"load__{c}__{k}").value = 1
                 getattr(dut, f"load_code__{c}__{k}").value = int(is_code)
         for b in range(config.blocks):
