@@ -25,7 +25,7 @@ from .baseline import HalfDot
 from .pe_unit import PeUnit
 from .synth import SynthesisError
 
-__all__ = ["BLOCKS", "Block", "Part", "block"]
+__all__ = ["BLOCKS", "Block", "Part", "block", "for_target"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Block:
     products: Callable[[OverlayConfig], int] | None = None  #: multiplications per cycle, where that is its purpose
 
 
-def _for(config, target):
+def for_target(config, target):
     """The configuration with the multipliers of a target."""
     return replace(config, dsp={"xcup": "dsp48e2", "ecp5": "mult18x18d"}[target])
 
@@ -68,13 +68,13 @@ def _alignment(config, share):
 
 
 def _unit(config, target):
-    dsp = _for(config, target).dsp
+    dsp = for_target(config, target).dsp
     return [Part(1, "two dot products", lambda: PeUnit(lanes=config.lanes, block=config.block, dsp=dsp)),
             *_alignment(config, config.columns // 2)]
 
 
 def _array(config, target):
-    return [Part(config.columns // 2, "two columns", lambda: ColumnPair(config=_for(config, target)))]
+    return [Part(config.columns // 2, "two columns", lambda: ColumnPair(config=for_target(config, target)))]
 
 
 def _whole(component):

@@ -66,7 +66,13 @@ class Target:
     command: str  #: of Yosys
     stages: tuple[str, ...]  #: labels of that command; the last one is not run
     cells: dict[str, Resources]  #: of one cell
-    luts: int  #: of the largest device that configurations are made for
+    part: str  #: the largest device that configurations are made for
+    available: Resources  #: of that device; block memory in the larger kind
+
+    @property
+    def luts(self):
+        """LUTs of the largest device."""
+        return self.available.luts
 
     def commands(self):
         """The command in its stages."""
@@ -100,10 +106,11 @@ _ECP5 = {
 TARGETS = {item.name: item for item in [
     Target("xcup", "AMD UltraScale+", "synth_xilinx -family xcup -flatten -noiopad -noclkbuf -uram",
            ("begin", "prepare", "map_dsp", "coarse", "map_memory", "map_ffram", "fine", "map_cells", "map_ffs",
-            "map_luts", "finalize", "check"), _XCUP, 1_303_680),
+            "map_luts", "finalize", "check"), _XCUP, "XCU280",
+           Resources(luts=1_303_680, ffs=2_607_360, dsps=9_024, bram36=2_016, uram=960)),
     Target("ecp5", "Lattice ECP5", "synth_ecp5 -noiopad",
            ("begin", "coarse", "map_ram", "map_ffram", "map_gates", "map_ffs", "map_luts", "map_cells", "check"),
-           _ECP5, 83_640),
+           _ECP5, "LFE5U-85F", Resources(luts=83_640, ffs=83_640, dsps=156, bram18=208)),
 ]}
 
 

@@ -318,19 +318,25 @@ def verilog(output: Annotated[str, typer.Option("-o", "--output", help="File to 
 
 
 @app.command()
-def synth(block: Annotated[str, typer.Option("--block", help="Part of the overlay, such as pe-unit or pe-array.")],
+def synth(block: Annotated[str | None, typer.Option("--block", help="Part of the overlay, such as pe-unit or pe-array. "
+                                                                    "Default: all of it, block by block.")] = None,
           config: Annotated[str, typer.Option("--config", help="Overlay configuration.")] = "u280",
-          target: Annotated[str, typer.Option("--target", help="Device family: xcup (AMD UltraScale+) or ecp5.")]
-          = "xcup", as_json: JsonOption = False) -> None:
-    """Estimate the resources of a block with Yosys: LUTs, flip-flops, carries, DSPs, memories."""
+          target: Annotated[str | None, typer.Option("--target", help="Device family: xcup (AMD UltraScale+) or ecp5. "
+                                                                      "Default: the configuration's.")] = None,
+          as_json: JsonOption = False) -> None:
+    """Estimate resources with Yosys: LUTs, flip-flops, DSPs, memories, as shares of the device."""
     from importlib import import_module
-    with progress(f"synthesising {block}") as update:
-        report = import_module("skipopu.bitstream.estimate").estimate(block, config, target,
-                                                                      lambda stage: update(None, stage))
+    family = target or ("ecp5" if preset(config).dsp == "mult18x18d" else "xcup")
+    module = import_module(f"skipopu.bitstream.{'whole' if block is None else 'estimate'}")
+    with progress(f"synthesising {block or config}") as update:
+        def log(stage: str) -> None:
+            update(None, stage)
+
+        report = (module.whole(config, family, log) if block is None else module.estimate(block, config, family, log))
     if as_json:
         print_json(report)
         return
-    for line in import_module("skipopu.bitstream.estimate").lines(report):
+    for line in module.lines(report):
         print(line)
     note(f"took {report['seconds']:.1f} s (measured)")
 
