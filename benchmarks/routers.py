@@ -62,9 +62,8 @@ def windows(path: Path, model: Model, length: int) -> np.ndarray:
 
 
 def student_of(model: Model, routers: Routers) -> Student:
-    """The model under its routers; modules whose router is the same for every input are essential."""
-    essential = ~routers.difference.any(-1) & (routers.bias >= 0)
-    student = Student(model, routers.kv, essential)
+    """The model under its routers."""
+    student = Student(model, routers.kv, routers.essential)
     student.adopt(replace(routers, lora=None))
     return student
 

@@ -115,6 +115,11 @@ class Routers:
         return self.hidden_weight is None
 
     @property
+    def essential(self) -> np.ndarray:
+        """bool [layers, 2], the modules that execute for every input."""
+        return ~self.difference.any(-1) & (self.bias >= 0)
+
+    @property
     def layers(self) -> int:
         """Layers of the base model."""
         return self.difference.shape[0]
@@ -142,8 +147,7 @@ class Routers:
         if not least <= skip <= most:
             raise RouterError(f"these routers skip {least:.1%} to {most:.1%} of the weights, not {skip:.1%}")
         shift = np.interp(skip, points[:, 0], points[:, 1])
-        protected = ~self.difference.any(-1)  # the same decision for every input
-        return replace(self, bias=np.where(protected, self.bias, self.bias + shift).astype(np.float32))
+        return replace(self, bias=np.where(self.essential, self.bias, self.bias + shift).astype(np.float32))
 
     def require_linear(self) -> None:
         """Raises RouterError if the overlay cannot run these routers."""

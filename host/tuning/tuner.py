@@ -224,11 +224,16 @@ class Tuner:
     def prepare(self, start: Routers | None = None) -> Iterator[int]:
         """Calibrate, measure each module by ablation, and set the first routers; yields the modules measured so far.
 
-        start : routers of the same model to go on from, with their LoRA factors, in either KV mode; their scores are
-            shifted to the goal
+        start : routers of the same model to go on from, with their LoRA factors and essential modules (nothing is
+            measured), in either KV mode; their scores are shifted to the goal
         """
         student = self.student
         student.calibrate(self._some())
+        if start is not None:
+            student.adopt(start)
+            student.protected.copy_(torch.tensor(start.essential))
+            self.shift_to_goal()
+            return
         for done, (layer, module, cost) in enumerate(ablate(student, self._some(2)[:, :ABLATION]), 1):
             self.costs[layer, module] = cost
             yield done
@@ -240,9 +245,6 @@ class Tuner:
         spread = np.clip(logs - np.median(logs), -BIAS_SPREAD, BIAS_SPREAD)
         with torch.no_grad():
             student.bias.copy_(torch.tensor(START_BIAS + spread))
-        if start is not None:
-            student.adopt(start)
-            self.shift_to_goal()
 
     def batch(self, step: int) -> np.ndarray:
         """Indices of the sequences of a step: every sequence once before any comes again."""

@@ -149,12 +149,16 @@ def test_a_batch_takes_every_sequence_once_before_any_again(tmp_path):
 
 def test_routers_to_start_from_are_taken_with_their_factors(tmp_path):
     first = started(tmp_path)
+    protected = np.zeros((4, 2), bool)
+    protected[1, 0] = protected[2, 1] = True
+    first.student.protected.copy_(torch.tensor(protected))
     for _ in range(30):
         first.advance()
     routers = first.student.routers()
     second = Tuner(MODEL, TEXT, replace(SETTINGS, kv="dense"), tmp_path / "targets")
     for _ in second.prepare(routers):
         pass
+    assert not second.costs.any() and np.array_equal(second.student.protected.numpy(), protected)
     again = second.student.routers()
     assert again.kv == "dense"
     assert np.allclose(again.difference, routers.difference, atol=1e-2, rtol=2e-3)
