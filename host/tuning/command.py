@@ -98,14 +98,14 @@ def tune(model: Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hu
                 found = measure(tuner.student, source, unseen[:limit], teacher=teacher)
                 state = (f"; held out perplexity {found.perplexity:.3f} (unrouted {found.unrouted_perplexity:.3f}) at "
                          f"{found.skip:.1%}")
-    tuner.shift_to_goal()
+    tuner.shift_to_goal(unseen)  # training text is skipped at another rate
     final = asdict(measure(tuner.student, source, unseen))
     about = {"command": command_line(sys.argv), "settings": json.dumps(asdict(settings)),
              "held_out": json.dumps(final)}
     if first is not None:  # what was run before this, so that the file names every command that made it
         about["before"] = "; ".join(first.notes[key] for key in ("before", "command") if key in first.notes)
     routers = tuner.student.routers()
-    about["points"] = json.dumps([[round(rate, 4), shift] for rate, shift in tuner.operating_points(routers)])
+    about["points"] = json.dumps([[round(rate, 4), shift] for rate, shift in tuner.operating_points(routers, unseen)])
     with whole_file(output) as partial:
         save_routers(partial, replace(routers, notes=about))
     print(f"{output}: {kv} routers, held-out perplexity {final['perplexity']:.3f}, unrouted "

@@ -43,6 +43,7 @@ SAMPLED_VOCABULARY = 4096  # tokens that stand for all those that the teacher fi
 CALIBRATION = 8       # sequences that coordinates are measured on
 SHIFT_SEQUENCES = 24  # for a shift to the goal: skip rates differ from one sequence to the next
 SHIFT_TOKENS = 128    # of each of them
+NEAR = 0.002          # of a skip rate, near enough
 SHIFTS = (-0.25, *(0.25 * step for step in range(13)))  # of all scores, for other operating points
 LEAST_POINT = 0.03    # skip rate below which there is none
 ABLATION = 128        # tokens, of two sequences, that each module is left out for
@@ -181,17 +182,23 @@ def skip_rate(student: Student, tokens: Tensor, share: Tensor) -> float:
 def shift_to(student: Student, tokens: Tensor, share: Tensor, skip: float) -> None:
     """Add one number to all scores so that ``skip`` of the weights of int tokens [n, length] are left unread.
 
-    share : float [layers, 2], `read_share`. Layer inputs change with the decisions, so the number is found by
-    bisection, and between the last two tries by a line. Text on which nothing can skip as much gets the most.
+    share : float [layers, 2], `read_share`. Layer inputs change with the decisions, so the number is found by trying:
+    ever larger steps until the rate lies between two tries, then by a line between the nearest.
     """
     start = student.bias.clone()
-    low, high, at_low, at_high = -8.0, 8.0, 1.0, 0.0
+    low, high, at_low, at_high, shift, step = -8.0, 8.0, 1.0, 0.0, 0.0, 0.25
     for _ in range(8):
-        middle = (low + high) / 2
-        student.bias.copy_(start + middle)
+        student.bias.copy_(start + shift)
         found = skip_rate(student, tokens, share)
-        low, high, at_low, at_high = (middle, high, found, at_high) if found > skip else (low, middle, at_low, found)
-    student.bias.copy_(start + low + (high - low) * (at_low - skip) / max(at_low - at_high, 1e-9))
+        if abs(found - skip) < NEAR:
+            return
+        low, high, at_low, at_high = (shift, high, found, at_high) if found > skip else (low, shift, at_low, found)
+        if low == -8.0 or high == 8.0:  # one side is not yet found
+            shift = max(low, min(high, shift + (step if found > skip else -step)))
+            step *= 2
+        else:
+            shift = low + (high - low) * (at_low - skip) / max(at_low - at_high, 1e-9)
+    student.bias.copy_(start + shift)
 
 
 class Tuner:
@@ -289,14 +296,20 @@ class Tuner:
         self.step += 1
         return StepReport(self.step, *(float(value.detach()) for value in (loss, away, skip, attention, mlp)))
 
-    def shift_to_goal(self) -> None:
-        """Add one number to all scores so that the skip rate on training text is the goal."""
-        shift_to(self.student, self._some(SHIFT_SEQUENCES)[:, :SHIFT_TOKENS], self.share, self.settings.skip)
+    def shift_to_goal(self, sequences: np.ndarray | None = None) -> None:
+        """Add one number to all scores so that the skip rate on int sequences [n, length] is the goal; on training text
+        if none are given."""
+        shift_to(self.student, self._sample(sequences), self.share, self.settings.skip)
+
+    def _sample(self, sequences: np.ndarray | None) -> Tensor:
+        if sequences is None:
+            return self._some(SHIFT_SEQUENCES)[:, :SHIFT_TOKENS]
+        return torch.tensor(sequences[:, :SHIFT_TOKENS].astype(np.int64), device=self.student.device)
 
     @torch.no_grad()
-    def operating_points(self, routers: Routers) -> list[tuple[float, float]]:
-        """Skip rates on training text, falling, and the numbers that reach them when added to all biases there."""
-        tokens, points = self._some(SHIFT_SEQUENCES)[:, :SHIFT_TOKENS], []
+    def operating_points(self, routers: Routers, sequences: np.ndarray) -> list[tuple[float, float]]:
+        """Skip rates on int sequences [n, length], falling, and what reaches them when added to all biases there."""
+        tokens, points = self._sample(sequences), []
         self.student.adopt(routers)
         start = self.student.bias.clone()
         for shift in SHIFTS:

@@ -110,7 +110,8 @@ def test_only_linear_routers_run_on_the_overlay():
 def test_an_operating_point_lies_between_the_noted_ones(tmp_path):
     difference, bias = arrays()["difference"], arrays()["bias"]
     difference[0, 0], bias[0, 0] = 0, 1  # executes for every input, at every point
-    save_routers(tmp_path / "r", make(difference=difference, bias=bias, notes={"points": "[[0.3, -16], [0.2, 0], [0.1, 32]]"}))
+    notes = {"points": "[[0.3, -16], [0.2, 0], [0.1, 32]]"}
+    save_routers(tmp_path / "r", make(difference=difference, bias=bias, notes=notes))
     own = load_routers(tmp_path / "r")
     for rate, shift in ((0.3, -16), (0.2, 0), (0.1, 32), (0.15, 16), (0.25, -8)):
         moved = find_routers(f"{tmp_path}/r@{rate}")
