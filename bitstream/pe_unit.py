@@ -20,7 +20,7 @@ class PeUnit(wiring.Component):
 
     Members
     -------
-    mantissa : signed(16) per lane, of ATTENTION_BITS; word : signed(14) per column and lane; both `dot.skew` cycles
+    mantissa : signed(16) per lane, of ATTENTION_BITS; word : signed(13) per column and lane; both `dot.skew` cycles
         after those of lane 0
     gap : per block, its exponent below the largest, with the dot products; exponent : of the largest, per column,
         one cycle later

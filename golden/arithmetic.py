@@ -68,9 +68,9 @@ def widen_half(bits: np.ndarray) -> np.ndarray:
 def align(x: np.ndarray, block: int, bits: int = 16) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Shared exponents: x ~ mantissa * 2^(exponent - bits + 2).
 
-    x : FP32 in float64 [..., blocks * block]; bits : 16, or 14 for queries and probabilities
+    x : FP32 in float64 [..., blocks * block]; bits : 16, or 15 for queries and probabilities
     Returns mantissas int16 [..., blocks, block], exponents int16 [..., blocks] (-127 for an all-zero block), sums of
-    the mantissas int32 [..., blocks]. Magnitudes round half up and saturate at 32767, or 8191.
+    the mantissas int32 [..., blocks]. Magnitudes round half up and saturate at 32767, or 16383.
     """
     x = x.reshape(*x.shape[:-1], -1, block)
     magnitude = np.abs(x)
@@ -98,9 +98,9 @@ def half_parts(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def align_kv(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One exponent per head: FP16 bits (uint16) [..., dims] -> int32 14-bit mantissas [..., dims], exponents [...]."""
+    """One exponent per head: FP16 bits (uint16) [..., dims] -> int32 13-bit mantissas [..., dims], exponents [...]."""
     significand, field = half_parts(bits)
     top = field.max(-1)
     shift = top[..., None] - field
-    magnitude = ((np.abs(significand) << 2) + (1 << shift >> 1)) >> shift
+    magnitude = ((np.abs(significand) << 1) + (1 << shift >> 1)) >> shift
     return np.where(significand < 0, -magnitude, magnitude), top

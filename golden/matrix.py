@@ -17,7 +17,7 @@ from .state import BeatStream, MachineState, Write, nest
 __all__ = ["MatrixUnit"]
 
 SLOTS = 2  #: KV tiles that the KV buffer holds
-ATTENTION_LIMIT = (1 << 13) - 1  #: largest mantissa of a query or probability
+ATTENTION_LIMIT = (1 << 14) - 1  #: largest mantissa of a query or probability
 
 
 class MatrixUnit:

@@ -25,7 +25,7 @@ TERM_LIMIT = 1 << 56
 SUM_LIMIT = (1 << 63) - 1
 SCORE_LIMIT = 1 << 44
 PROB_LIMIT = 1 << 30
-ATTENTION_BITS = 14  #: mantissas of queries and probabilities
+ATTENTION_BITS = 15  #: mantissas of queries and probabilities
 Fail = Callable[[FaultCause, str], NoReturn]
 
 

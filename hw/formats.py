@@ -8,8 +8,8 @@ __all__ = [
 import struct
 
 MANTISSA_BITS = 16  #: signed mantissa of an aligned activation
-ATTENTION_BITS = 14  #: signed mantissa of an aligned query or probability
-KV_BITS = 14  #: signed mantissa of aligned K and V
+ATTENTION_BITS = 15  #: signed mantissa of an aligned query or probability
+KV_BITS = 13  #: signed mantissa of aligned K and V
 KV_LARGEST = 2047 << KV_BITS - 12  #: its largest magnitude: an FP16 significand, 11 bits, with zeros behind
 KV_FRACTION = 6  #: bits below the unit of a dot product with K or V in an accumulator
 CODE_BITS = 4  #: weight code in the array

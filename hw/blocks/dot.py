@@ -1,23 +1,23 @@
 """Exact dot products of aligned mantissas with the words of two columns, in the multipliers of each device.
 
-A word is a weight code 0..15, for mantissas of 16 bits, or a mantissa of a key or value, -8188..8188, for those of 14
+A word is a weight code 0..15, for mantissas of 16 bits, or a mantissa of a key or value, -4094..4094, for those of 15
 bits: one arithmetic for both, so that a row may change its kind from cycle to cycle.
 
 DSP48E2: two products per slice, four slices per cascade
 --------------------------------------------------------
-    A + D = k0 + k1 * 2^13                  26          13 12              0
+    A + D = k0 + k1 * 2^14                  26          14 13              0
                                             [     k1      ][ sign of k0 ...]  + k0
-    sum over a cascade of m * (A + D)       41          29 28              0
-      = S0 + S1 * 2^13                      [ S1, 29 bits from bit 13 on    ]
+    sum over a cascade of m * (A + D)       42          29 28              0
+      = S0 + S1 * 2^14                      [ S1, 29 bits from bit 14 on    ]
                                                           [ S0, 29 bits     ]
 
-The sums overlap in 16 bits. Fabric forms low = -S1 modulo 2^16, one Booth digit of k1 per carry chain; the last slice
+The sums overlap in 15 bits. Fabric forms low = -S1 modulo 2^15, one Booth digit of k1 per carry chain; the last slice
 adds it through its C port, another one adds 2^28, so that the lower field is never negative and nothing borrows:
 
-    P = S0 + 2^28 + H * 2^29                41          29 28              0
-    with S1 = H * 2^16 - low                [  H, 13 bits ][ S0 + 2^28     ]
+    P = S0 + 2^28 + H * 2^29                42          29 28              0
+    with S1 = H * 2^15 - low                [  H, 14 bits ][ S0 + 2^28     ]
 
-Exact for all that alignment makes (`docs/numerics.md`): |m| <= 8191 with |k| <= 8188, |m| <= 32767 with codes. The
+Exact for all that alignment makes (`docs/numerics.md`): |m| <= 16383 with |k| <= 4094, |m| <= 32767 with codes. The
 lanes of a cascade enter one cycle after each other (`skew`); then the sums of the cascades are added.
 
 MULT18X18D: one product per multiplier and adders behind. Generic: all in one expression, which a simulator likes.
@@ -216,8 +216,8 @@ class BoothRow(wiring.Component):
 class LowLane(wiring.Component):
     """Subtracts the lower bits of mantissa * word from two sums, one cycle later.
 
-    upper : 16 bits, takes the digits of word bits 0..5; lower : 10 bits that count 2^6, the other digits.
-    The product is modulo 2^16 in upper + lower * 2^6.
+    upper : 15 bits, takes the digits of word bits 0..5; lower : 9 bits that count 2^6, the other digits.
+    The product is modulo 2^15 in upper + lower * 2^6.
     """
 
     def __init__(self):
@@ -227,7 +227,7 @@ class LowLane(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        digits = Cat(C(0, 1), self.word)
+        digits = Cat(C(0, 1), self.word, self.word[-1])
         for name, value, target, places in (("upper", self.upper_in, self.upper, range(0, _SPLIT, 2)),
                                             ("lower", self.lower_in, self.lower, range(_SPLIT, KV_BITS, 2))):
             settled = []

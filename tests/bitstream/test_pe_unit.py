@@ -16,13 +16,13 @@ LANES, BLOCK = 8, 4
 def cases(seed=3):
     """(mantissas, words [2][lanes], gaps, exponents): corners, then random ones."""
     rng = random.Random(seed)
-    for m in (-8191, 8191):
-        for k in (-8188, 8188):
+    for m in (-16383, 16383):
+        for k in (-4094, 4094):
             yield [m] * LANES, [[k] * LANES, [-k] * LANES], [0, 0], [0, 100]
     yield [0] * LANES, [[0] * LANES] * 2, [63, 0], [-45, 3]
     for _ in range(40):
-        yield ([rng.randint(-8191, 8191) for _ in range(LANES)],
-               [[rng.randint(-8188, 8188) for _ in range(LANES)] for _ in range(2)],
+        yield ([rng.randint(-16383, 16383) for _ in range(LANES)],
+               [[rng.randint(-4094, 4094) for _ in range(LANES)] for _ in range(2)],
                [rng.choice([0, 0, 1, 5, 30, 63]) for _ in range(LANES // BLOCK)],
                [rng.randint(-60, 20) for _ in range(2)])
 

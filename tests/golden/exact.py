@@ -29,14 +29,14 @@ def rounded(value):
 
 
 def block_by_text(values, bits=16):
-    """e, mantissas of a block of Fractions, word for word from the text; 14 bits for queries and probabilities."""
+    """e, mantissas of a block of Fractions, word for word from the text; 15 bits for queries and probabilities."""
     magnitudes = [abs(v) for v in values]
     if not any(magnitudes):
         return -127, [0] * len(values)
     top = max(magnitudes)
     e = top.numerator.bit_length() - top.denominator.bit_length()
     e -= Fraction(2) ** e > top
-    places, limit = {16: (14, 32767), 14: (12, 8191)}[bits]
+    places, limit = {16: (14, 32767), 15: (13, 16383)}[bits]
     m = [min((v * Fraction(2) ** (places - e) + Fraction(1, 2)).__floor__(), limit) for v in magnitudes]
     return e, [-k if v < 0 else k for k, v in zip(m, values)]
 

@@ -52,7 +52,7 @@ def attention_bench(seed, steep=1.0):
     keys, values = rng.standard_normal((2, 3 * TILE, HEADS, DIM)) * size
     keys, values = keys.astype(np.float16), values.astype(np.float16)
     queries = steep * rng.standard_normal((TOKENS, HEADS, GROUPS, DIM)).astype(np.float32)
-    bench.fill_mbuf(MQ, queries, vector=DIM // K, bits=14)
+    bench.fill_mbuf(MQ, queries, vector=DIM // K, bits=15)
     bench.machine.abuf[OUT : OUT + 100] = np.nan  # vmerge must not read it after vinit
     write_records(bench, keys, values)
     return bench, queries.astype(float), keys, values
@@ -89,7 +89,7 @@ def kv_by_text(record):
     """(mantissas, exponent) of one head of a record, float16 [dim]."""
     parts = [significand(x) for x in record]
     top = max(es for _, es in parts)
-    size = [(Fraction(4 * abs(sig), 2 ** (top - es)) + Fraction(1, 2)).__floor__() for sig, es in parts]
+    size = [(Fraction(2 * abs(sig), 2 ** (top - es)) + Fraction(1, 2)).__floor__() for sig, es in parts]
     return [-m if sig < 0 else m for m, (sig, _) in zip(size, parts)], top
 
 

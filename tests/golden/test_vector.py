@@ -82,7 +82,7 @@ def test_vrope_rotates_adjacent_pairs(dest):
         got = machine.kvout.view(np.float16).ravel()[80 * V : 80 * V + want.size]
         np.testing.assert_array_equal(got, want.astype(np.float32).astype(np.float16).ravel())
     else:
-        got, unit = bench.aligned(40, 8, bits=14)
+        got, unit = bench.aligned(40, 8, bits=15)
         near(got, want, unit, 2.0**-19)
         np.testing.assert_array_equal(machine.mbuf_emax[40:48], machine.mbuf_exponents[40:48, 0])
 

@@ -11,8 +11,8 @@ from skipopu.host.runtime import Accelerator
 from skipopu.hw.config import PRESETS, preset
 from skipopu.hw.registers import DebugBuffer, address, debug_address
 
-# Root mean square of a row's error, in units of that of the logits: 14-bit mantissas of keys and values,
-# each 2^-14 of the largest of its group, through two layers of steep random attention.
+# Root mean square of a row's error, in units of that of the logits: 13-bit mantissas of keys and values,
+# each 2^-13 of the largest of its group, through two layers of steep random attention.
 BOUND = 0.01
 
 KINDS = ("q8_0", "q4_0", "q4_1")

@@ -84,7 +84,7 @@ class Matmul:
         self.planes = 2 if self.mode == MatmulMode.W8 else 1
         n_tiles, k_tiles = fields["n_tiles"], fields["k_tiles"]
         vectors = heads * groups * len(self.t)
-        self.mantissas, self.exponents = make_rows(rng, config, vectors, k_tiles, limit=8191 if self.is_kv else 32767)
+        self.mantissas, self.exponents = make_rows(rng, config, vectors, k_tiles, limit=16383 if self.is_kv else 32767)
         h, g, t = np.unravel_index(np.arange(vectors), (heads, groups, len(self.t)))
         t = np.array(self.t)[t]
         starts = fields["x"] + t * fields["row_stride"] + g * fields["group_stride"] + h * fields["head_stride"]
@@ -92,7 +92,7 @@ class Matmul:
             for k in range(k_tiles):
                 self.rows[start + k] = self.mantissas[vector, k], self.exponents[vector, k], start, int(k == 0)
         self.shape = heads, n_tiles, k_tiles, self.planes
-        limit = 8188 if self.is_kv else 8
+        limit = 4094 if self.is_kv else 8
         self.codes = rng.integers(-limit, limit + self.is_kv, (*self.shape, config.columns, config.lanes))
         extreme = rng.random((*self.shape, 1, 1)) < 0.1
         self.codes = np.where(extreme, rng.choice([-limit, limit - 1 + self.is_kv], extreme.shape), self.codes)

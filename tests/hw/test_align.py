@@ -48,7 +48,7 @@ def test_alignment_equals_model(block):
     run_bench(Lanes(lambda: BlockAlign(block), count=1), aligns, parameters={"block": block})
 
 
-@pytest.mark.parametrize(("short", "places", "limit"), [(False, 14, 32767), (True, 12, 8191)])
+@pytest.mark.parametrize(("short", "places", "limit"), [(False, 14, 32767), (True, 13, 16383)])
 def test_model_is_exact_arithmetic(short, places, limit):
     a = blocks(2, 8, 300)
     values = to_float64(a)

@@ -20,7 +20,7 @@ SHIFT_LIMIT = 63
 def make_tile(rng, config, kind):
     """A tile with its scales. kind : "codes", "keys" or "values", which is also the way it is loaded"""
     shape, blocks = (config.columns, config.lanes), (config.columns, config.blocks)
-    low, high = (-8, 7) if kind == "codes" else (-8188, 8188)
+    low, high = (-8, 7) if kind == "codes" else (-4094, 4094)
     codes = rng.integers(low, high + 1, shape)
     codes = np.where(rng.random((config.columns, 1)) < 0.2, rng.choice([low, high, -1, 0], (config.columns, 1)), codes)
 
@@ -40,7 +40,7 @@ def make_tile(rng, config, kind):
 
 def make_row(rng, config, tile):
     """Mantissas [lanes], sums, exponents [blocks] and the vector's largest exponent: a row that meets the tile."""
-    limit = 32767 if tile.kind == "codes" else 8191
+    limit = 32767 if tile.kind == "codes" else 16383
     mantissas = rng.integers(-limit, limit + 1, config.lanes)
     if rng.random() < 0.2:
         mantissas[:] = rng.choice([-limit, limit, -2047, 2047, 0, -1])
@@ -70,7 +70,7 @@ def superbeats(config, tile):
     tokens = tile.codes if tile.kind == "keys" else tile.codes.T
     ports, elements = config.ports, config.beat_elements
     lines = tokens.reshape(len(tokens) // ports, ports, -1, elements).transpose(0, 2, 1, 3)
-    return [sum((int(value) & 0x3FFF) << 14 * i for i, value in enumerate(line))
+    return [sum((int(value) & 0x1FFF) << 13 * i for i, value in enumerate(line))
             for line in lines.reshape(-1, ports * elements)]
 
 
@@ -229,7 +229,7 @@ async def columns_sum_their_blocks(dut, seed):
             for c in range(2):
                 word = int(tile.codes[c, k])
                 getattr(dut, f"code__{c}__{k}").value = word & 15 if is_code else int(rng.integers(16))
-                getattr(dut, f"key__{c}__{k}").value = int(rng.integers(-8188, 8189)) if is_code else word
+                getattr(dut, f"key__{c}__{k}").value = int(rng.integers(-4094, 4095)) if is_code else word
                 getattr(dut, f"load__{c}__{k}").value = 1
                 getattr(dut, f"load_code__{c}__{k}").value = int(is_code)
         for b in range(config.blocks):

@@ -78,8 +78,8 @@ class ComputeBench:
             got = tuple(request[name] for name in ("slot", "value", "head", "n", "k"))
             assert got == want, f"the KV buffer is asked for {got}, expected {want}"
             for i, beat in enumerate(beats):
-                data = sum((value & 0x3FFF) << 14 * j for j, value in enumerate(beat))
-                self.tiles.send([data | int(i == len(beats) - 1) << 14 * len(beat)])
+                data = sum((value & 0x1FFF) << 13 * j for j, value in enumerate(beat))
+                self.tiles.send([data | int(i == len(beats) - 1) << 13 * len(beat)])
 
     def make(self, rng, mode, **fixed):
         """A Matmul with random geometry and operands, its rows in a part of MBUF of its own."""

@@ -7,7 +7,7 @@ from amaranth.sim import Simulator
 from skipopu.hw.blocks.dot import DotPair, dot_latency, skew
 from skipopu.hw.config import DSPS, ConfigError
 
-MANTISSAS, NUMBERS = (-8191, -1, 0, 1, 8191), (-8188, -1, 0, 1, 8188)  # of queries with keys
+MANTISSAS, NUMBERS = (-16383, -1, 0, 1, 16383), (-4094, -1, 0, 1, 4094)  # of queries with keys
 LONG, CODES = (-32767, -1, 0, 1, 32767), (0, 1, 15)  # of activations with weights
 
 
@@ -50,7 +50,7 @@ def test_corners_then_random_rows(dsp, lanes, seed=1):
              for m in LONG for a in CODES for b in CODES]
     for _ in range(150):
         is_code = generator.random() < 0.5
-        low, high, limit = (0, 15, 32767) if is_code else (-8188, 8188, 8191)
+        low, high, limit = (0, 15, 32767) if is_code else (-4094, 4094, 16383)
         mantissas = [generator.randint(-limit, limit) for _ in range(lanes)]
         words = [[generator.randint(low, high) for _ in range(lanes)] for _ in range(2)]
         rows.append((mantissas, words, -8 * sum(mantissas) if is_code and generator.random() < 0.7 else 0))
@@ -65,17 +65,17 @@ def test_every_bit_has_its_place(dsp):
     for lane in range(lanes):
         for column in range(2):
             for i in range(16):
-                for j in range(14 if i < 14 else 4):  # longer mantissas meet codes only
+                for j in range(13 if i < 15 else 4):  # longer mantissas meet codes only
                     mantissas, words = [0] * lanes, [[-1] * lanes, [-1] * lanes]
-                    mantissas[lane] = -(1 << i) if i in (13, 15) else 1 << i
-                    words[column][lane] = 4 - 8192 if j == 13 else 1 << j  # -8192 is no word
+                    mantissas[lane] = -(1 << i) if i in (14, 15) else 1 << i
+                    words[column][lane] = 2 - 4096 if j == 12 else 1 << j  # -4096 is no word
                     rows.append((mantissas, words, 0))
     check(dsp, rows)
 
 
 @pytest.mark.parametrize(("lanes", "dsp", "message"), [
     (6, "dsp48e2", "lanes of a block must be a multiple of 4, not 6"), (0, "generic", "multiple of 4, not 0"),
-    (64, "dsp48e2", r"lanes \* 8191 \* 8188 must be below 2\^31, which 64 lanes exceed"),
+    (64, "dsp48e2", r"lanes \* 16383 \* 4094 must be below 2\^31, which 64 lanes exceed"),
     (8, "dsp58", "dsp must be one of generic, dsp48e2, mult18x18d, not 'dsp58'"),
 ])
 def test_refuses_what_cannot_be_packed(lanes, dsp, message):

@@ -178,17 +178,17 @@ async def delivers_a_superbeat_in_every_cycle(dut):
 
 
 def test_model_rounds_halves_away_from_zero():
-    """Aligned by hand: 1.0 next to 2^13 is half a unit, next to 2^14 less; subnormals count from exponent 1."""
-    head = np.array([[[[0x7000, 0x3C00, 0xBC00, 0x3BFF]]]], np.uint16)
-    assert KvBuffer.model(head)[1].tolist() == [[[[4096, 1, -1, 0]]]]
-    head = np.array([[[[0x7400, 0x3C00, 0xBC00, 0x8000]]]], np.uint16)
-    assert KvBuffer.model(head)[1].tolist() == [[[[4096, 0, 0, 0]]]]
+    """Aligned by hand: 1.0 next to 2^12 is half a unit, next to 2^13 less; subnormals count from exponent 1."""
+    head = np.array([[[[0x6C00, 0x3C00, 0xBC00, 0x3BFF]]]], np.uint16)
+    assert KvBuffer.model(head)[1].tolist() == [[[[2048, 1, -1, 0]]]]
+    head = np.array([[[[0x7000, 0x3C00, 0xBC00, 0x8000]]]], np.uint16)
+    assert KvBuffer.model(head)[1].tolist() == [[[[2048, 0, 0, 0]]]]
     head = np.array([[[[0x0001, 0x83FF, 0x0000, 0x0400]]]], np.uint16)
     assert KvBuffer.model(head)[0].tolist() == [[[1]]]
-    assert KvBuffer.model(head)[1].tolist() == [[[[4, -4092, 0, 4096]]]]
+    assert KvBuffer.model(head)[1].tolist() == [[[[2, -2046, 0, 2048]]]]
     head = np.array([[[[0x7FFF, 0xFFFF, 0x7BFF, 0x7800]]]], np.uint16)
     assert KvBuffer.model(head)[0].tolist() == [[[31]]]
-    assert KvBuffer.model(head)[1].tolist() == [[[[8188, -8188, 4094, 2048]]]]
+    assert KvBuffer.model(head)[1].tolist() == [[[[4094, -4094, 2047, 1024]]]]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
