@@ -34,7 +34,8 @@ app = typer.Typer(name="skipopu", no_args_is_help=True, add_completion=False, pr
                   help="Run language models on an open FPGA overlay processor: on its RTL, its bit-exact model, or "
                        "the float reference.")
 for _command in (train, tune, board_commands.export, board_commands.devices, board_commands.selftest, bitstream,
-                 performance_commands.fit, performance_commands.profile):
+                 performance_commands.explore, performance_commands.fit,
+                 performance_commands.profile):
     app.command()(_command)
 
 ModelOption = Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hugging Face folder, bundle, or a name "

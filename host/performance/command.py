@@ -1,8 +1,8 @@
-"""The commands about performance: ``profile`` and ``fit``."""
+"""The commands about performance: ``profile``, ``fit`` and ``explore``."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from skipopu.hw.config import PRESETS, preset
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..model import ModelConfig
     from .outline import Kind
 
-__all__ = ["fit", "profile"]
+__all__ = ["explore", "fit", "profile"]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
@@ -126,6 +126,66 @@ def fit(model: Annotated[str | None, typer.Option("-m", "--model", help="GGUF fi
         note(f"memory holds {', '.join(parts)}")
     if not found.fits_memory:
         raise typer.Exit(1)
+
+
+def explore(output: Annotated[str, typer.Option("-o", "--output", help="Folder for pareto.png, pareto.md, and "
+                                                                       "results.jsonl, which a later run continues.")],
+            config: Annotated[str, typer.Option("--config", help=f"Configuration to start from: {', '.join(PRESETS)}.")]
+            = "u280",
+            sweep: Annotated[list[str] | None, typer.Option("--sweep", metavar="SIZE=A,B", help="Size and its values, "
+                                                            "such as ports=8,16,32; may be given several times. "
+                                                            "Default: lanes=32,64 columns=64,128 ports=16,32.")] = None,
+            geometry: Annotated[str, typer.Option("--geometry", help="Shapes, with commas.")]
+            = "llama2-7b,smollm2-135m",
+            skip: Annotated[str, typer.Option("--skip", help="Shares of skipped modules, with commas.")] = "0,0.25",
+            prompt: Annotated[int, typer.Option("--prompt", help="Tokens of the prompt.")] = 128,
+            count: Annotated[int, typer.Option("-n", "--tokens", help="Tokens generated behind it.")] = 1024,
+            memory: Annotated[str, typer.Option("--memory", help="Model of the memory: hbm (timed) or ideal.")] = "hbm",
+            jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes.")] = 1,
+            ray: Annotated[str | None, typer.Option("--ray", metavar="local|ADDRESS", help="Evaluate on a Ray cluster "
+                                                    "instead, or on one started here.")] = None,
+            as_json: JsonOption = False) -> None:
+    """Predict many configurations: speed, resources, and which of them nothing beats."""
+    from pathlib import Path
+
+    from ..console import whole_file
+    from .explore import Sweep, draw, pareto, table
+    from .explore import explore as run
+    axes = dict(_axis(text) for text in sweep or ("lanes=32,64", "columns=64,128", "ports=16,32"))
+    chosen = Sweep(base=preset(config), axes=axes, geometries=tuple(geometry.split(",")),
+                   skips=tuple(_numbers("--skip", skip, float)), prompt=prompt, count=count, memory=memory)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with progress("exploring", len(list(chosen.points()))) as update:
+        results = run(chosen, folder / "results.jsonl", jobs=jobs, ray=ray, tell=lambda done, total: update(done, None))
+    title = f"around {config}, {prompt} + {count} tokens, {memory} memory (predicted)"
+    with whole_file(folder / "pareto.png") as partial:
+        draw(partial, results, title, "png")
+    lines = table(results)
+    with whole_file(folder / "pareto.md") as partial:
+        partial.write_text("\n".join([f"Configurations {title}; resources are estimated.", "", *lines]) + "\n")
+    if as_json:
+        print_json({"results": results, "pareto": pareto(results),
+                    "labels": {"tokens_per_second": "predicted", "resources": "estimated"}})
+        return
+    for line in lines:
+        print(line)
+    refused = sum("refused" in item for item in results)
+    note(f"{folder}: results.jsonl, pareto.png, pareto.md; {len(results)} points, {refused} of them cannot be built or "
+         "do not fit")
+
+
+def _axis(text: str) -> tuple[str, tuple[int, ...]]:
+    name, _, values = text.partition("=")
+    return name.strip(), tuple(_numbers(f"--sweep {name.strip()}", values, int))
+
+
+def _numbers(option: str, text: str, kind: type) -> list[Any]:
+    from ..errors import RequestError
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(f"{option} takes numbers with commas, not {text!r}") from None
 
 
 def _shape(model: str | None, geometry: str | None, weights: str) -> tuple[ModelConfig, str | Kind]:

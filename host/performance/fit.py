@@ -22,7 +22,6 @@ from .outline import Kind, Outline, outline
 __all__ = ["Fit", "Workload", "bound", "fit", "kinds_of", "route_words", "run_at", "terms"]
 
 CORE_MHZ = 225  #: of the overlay on the cards, as of the memory model
-_SAMPLES = 3  # positions of decode between the first and the last: the cost grows linearly between them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +134,11 @@ def bound(found: dict[str, float]) -> str:
 
 
 def fit(model: ModelConfig, config: OverlayConfig, workload: Workload,
-        log: Callable[[str], None] = lambda line: None) -> Fit:
+        log: Callable[[str], None] = lambda line: None, samples: int = 3) -> Fit:
     """Predict a workload. log : is told what is being predicted
+
+    samples : positions of decode that are predicted, from the first to the last; the cost grows linearly between them.
+        1 takes the middle, and the prompt's middle chunk for all
 
     Raises CapacityError with everything that is too small, CompileError for a context beyond the model's.
     """
@@ -147,8 +149,8 @@ def fit(model: ModelConfig, config: OverlayConfig, workload: Workload,
         short = shortages(config, model, context, workload.kv)
         more = "".join(f"; {name} must be at least {needed} but is {there}" for name, needed, there in short[1:])
         raise CapacityError(f"{error}{more}") from None
-    positions = sorted({workload.prompt + round((workload.count - 1) * at)
-                        for at in np.linspace(0, 1, _SAMPLES)}) if workload.count > 1 else [workload.prompt]
+    places = np.linspace(0, 1, samples) if samples > 1 else [0.5]
+    positions = sorted({workload.prompt + round((workload.count - 1) * at) for at in places})
     runs = []
     for position in positions:
         log(f"decode at position {position}")
@@ -167,7 +169,7 @@ def fit(model: ModelConfig, config: OverlayConfig, workload: Workload,
     return Fit(
         chunk=program.plan.chunk, port_bytes=program.port_bytes(), port_capacity=_capacity(config),
         parts=_parts(program), cycles_per_token=cycles, bytes_per_token=moved * config.superbeat_bytes,
-        prefill_cycles=_prefill(program, workload, log), terms=together, bound=bound(together),
+        prefill_cycles=_prefill(program, workload, log, samples > 1), terms=together, bound=bound(together),
         share_of_peak=moved / cycles, share_of_memory=moved / cycles / channel.share)
 
 
@@ -182,11 +184,18 @@ def _trapezoid(positions: list[int]) -> np.ndarray:
     return weights / weights.sum()
 
 
-def _prefill(program: Outline, workload: Workload, log: Callable[[str], None]) -> float:
-    """Cycles of reading the prompt: the first and the last whole chunk, those between on a line, and the rest."""
+def _prefill(program: Outline, workload: Workload, log: Callable[[str], None], ends: bool) -> float:
+    """Cycles of reading the prompt: the first and the last whole chunk, those between on a line, and the rest.
+
+    ends : False predicts the middle chunk for all
+    """
     chunk = program.plan.chunk
     whole, rest = divmod(workload.prompt, chunk)
     total = 0.0
+    if not ends and workload.prompt > chunk:
+        log("a chunk of the prompt")
+        run = run_at(program, workload, (workload.prompt - chunk) // 2, chunk, 1)
+        return run.cycles * workload.prompt / chunk
     if whole:
         log("the first chunk of the prompt")
         first = last = run_at(program, workload, 0, chunk, int(not rest and whole == 1)).cycles
