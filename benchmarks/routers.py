@@ -26,8 +26,9 @@ from skipopu.host.routers import NAMED_ROUTERS, Routers, find_routers
 from skipopu.host.session import open_source
 from skipopu.host.tuning.ablation import ablate
 from skipopu.host.tuning.student import Student, read_share
-from skipopu.host.tuning.tuner import HeldOut, measure, shift_to
+from skipopu.host.tuning.tuner import ABLATION, HeldOut, measure, shift_to
 
+SHIPPED = [name for name in NAMED_ROUTERS if name.startswith("smollm2:")]
 COLUMNS = "perplexity", "KL", "top-1", "weights", "attention", "MLP"
 SHIFTED = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30)  # shares of weights that one shift of all scores is searched for
 SEARCHED = 8  # sequences that a shift is searched on
@@ -68,11 +69,15 @@ def student_of(model: Model, routers: Routers) -> Student:
     return student
 
 
-def shifted(student: Student, model: Model, text: np.ndarray, share: float, teacher: dict) -> HeldOut:
-    """The operating point at about ``share`` of weights, reached by adding one number to all scores."""
+def shifted(student: Student, model: Model, plain: Routers, text: np.ndarray, share: float,
+            teacher: dict) -> HeldOut:
+    """The operating point at about ``share`` of weights: one of those that the router file notes, if it does."""
     bias = student.bias.detach().clone()
-    tokens = torch.tensor(text[:SEARCHED].astype(np.int64))
-    shift_to(student, tokens, torch.tensor(read_share(model, student.kv), dtype=torch.float32), share)
+    if "points" in plain.notes:
+        student.adopt(plain.at(share))
+    else:
+        tokens = torch.tensor(text[:SEARCHED].astype(np.int64))
+        shift_to(student, tokens, torch.tensor(read_share(model, student.kv), dtype=torch.float32), share)
     found = measure(student, model, text, teacher=teacher)
     student.bias.data.copy_(bias)
     return found
@@ -94,7 +99,7 @@ def static_orders(model: Model, student: Student, kv: str, text: np.ndarray) -> 
     tokens = torch.tensor(text[:SEARCHED].astype(np.int64))
     runs = student(tokens)[1].mean((1, 2)).numpy().flatten()
     costs, share = np.zeros((model.config.layers, 2)), read_share(model, kv)
-    for layer, module, cost in ablate(Student(model, kv, np.zeros_like(costs, bool)), tokens[:2]):
+    for layer, module, cost in ablate(Student(model, kv, np.zeros_like(costs, bool)), tokens[:2, :ABLATION]):
         costs[layer, module] = cost / share[layer, module]
     by_skips, by_cost = (np.argsort(key, kind="stable") for key in (runs, costs.flatten()))
     return by_skips[free[by_skips]], by_cost[free[by_cost]]
@@ -125,7 +130,7 @@ def rows(model: Model, name: str, text: np.ndarray, brief: bool, teacher: dict) 
                                           teacher=teacher)
     yield "  nothing skipped", measure(student, model, text, gates=np.ones_like(gates), teacher=teacher)
     for share in SHIFTED:
-        yield f"  shifted to {share:.0%}", shifted(student, model, text, share, teacher)
+        yield f"  shifted to {share:.0%}", shifted(student, model, plain, text, share, teacher)
     if routers.lora:
         yield "  routers without LoRA", measure(base, model, text, teacher=teacher)
         yield "  random, without LoRA", measure(base, model, text, gates=gates, teacher=teacher)

@@ -31,7 +31,7 @@ from .ablation import ablate, essential
 from .student import FOLDED_SCALE, Exploration, Student, read_share
 from .targets import Targets, divergence, sample_vocabulary
 
-__all__ = ["HeldOut", "Settings", "StepReport", "Tuner", "measure", "shift_to", "skip_rate", "skip_rates"]
+__all__ = ["ABLATION", "HeldOut", "Settings", "StepReport", "Tuner", "measure", "shift_to", "skip_rate", "skip_rates"]
 
 CLIP = 1.0            # largest gradient norm, for router weights, biases and LoRA factors apart
 BIAS_RATE = 10        # a bias stands alone where hundreds of weights move a score together
