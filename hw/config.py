@@ -8,6 +8,8 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+from skipopu.hw.isa import MAX_LAYERS
+
 __all__ = ["ConfigError", "DSPS", "OverlayConfig", "PRESETS", "preset"]
 
 DSPS = ("generic", "dsp48e2", "mult18x18d")  #: multipliers: any, AMD UltraScale(+), Lattice ECP5
@@ -36,7 +38,9 @@ class OverlayConfig:
     mbuf_rows: int  #: lanes-wide rows of aligned mantissas
     kvbuf_heads: int  #: KV heads x ceil(head_dim / lanes), capacity of one KV tile slot
     router_rows: int  #: vector-wide rows of the router buffer (two FP16 weights per element, two layers)
-    history_tokens: int  #: positions whose written layers are remembered (KV reuse)
+    history_tokens: int  #: positions that have pointers to their KV records (KV reuse)
+    history_layers: int  #: layers of such a position
+    buffer_beats: int  #: KV history buffer: beats per port (zero or a power of two)
     kvout_rows: int  #: port-wide rows of new K and V waiting to be written
     state_rows: int  #: softmax states: query heads x tokens (not necessarily a power of two)
     fifo_beats: int  #: read FIFO beats per port
@@ -47,7 +51,7 @@ class OverlayConfig:
     dsp: str = "generic"  #: multipliers that the PE array is made of, one of DSPS; changes no result and no timing
 
     def __post_init__(self):
-        plain = {"name", "state_rows", "dsp"}
+        plain = {"name", "state_rows", "dsp"} | ({"buffer_beats"} if self.buffer_beats == 0 else set())
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in plain:
@@ -64,6 +68,8 @@ class OverlayConfig:
             (self.ports <= self.lanes, "ports must not exceed lanes"),
             (self.tokens <= 32, "tokens must be at most 32 (one route word)"),
             (self.history_tokens >= self.tile_tokens, "history_tokens must cover a KV tile"),
+            (self.history_layers <= MAX_LAYERS, f"history_layers must be at most {MAX_LAYERS}"),
+            (self.tile_tokens // self.ports >= 2, "a KV tile must hold two tokens of every port"),
             (self.router_rows <= 0x8000, "router_rows must be at most 32768"),
             (self.lanes * self.columns // 2 >= self.superbeat_bytes, "a tile must hold at least one superbeat"),
             (self.superbeat_bytes >= 4 * self.vector_lanes, "a superbeat must hold at least one vector row"),
@@ -133,24 +139,24 @@ PRESETS = {
         OverlayConfig(
             name="tiny", lanes=8, columns=16, ports=2, port_bits=64, vector_lanes=4, tokens=4, acc_rows=16,
             abuf_rows=4096, mbuf_rows=2048, kvbuf_heads=64, router_rows=256, history_tokens=256,
-            kvout_rows=1024, state_rows=128, fifo_beats=64, burst_beats=16, outstanding=4, queue_depth=4,
+            history_layers=64, buffer_beats=256, kvout_rows=1024, state_rows=128, fifo_beats=64, burst_beats=16, outstanding=4, queue_depth=4,
             cache_words=64,
         ),
         OverlayConfig(
             name="sim", lanes=32, columns=64, ports=8, port_bits=512, vector_lanes=16, tokens=16, acc_rows=64,
-            abuf_rows=8192, mbuf_rows=4096, kvbuf_heads=16, router_rows=256, history_tokens=2048,
-            kvout_rows=512, state_rows=512, fifo_beats=512, burst_beats=16, outstanding=16,
+            abuf_rows=8192, mbuf_rows=4096, kvbuf_heads=16, router_rows=256, history_tokens=8192,
+            history_layers=64, buffer_beats=8192, kvout_rows=512, state_rows=512, fifo_beats=512, burst_beats=16, outstanding=16,
         ),
         OverlayConfig(
             name="u280", lanes=64, columns=128, ports=32, port_bits=512, vector_lanes=32, tokens=32, acc_rows=128,
             abuf_rows=16384, mbuf_rows=16384, kvbuf_heads=64, router_rows=1024, history_tokens=8192,
-            kvout_rows=16384, state_rows=1024, fifo_beats=512, burst_beats=16, outstanding=32, cache_words=512,
+            history_layers=64, buffer_beats=8192, kvout_rows=16384, state_rows=1024, fifo_beats=512, burst_beats=16, outstanding=32, cache_words=512,
             dsp="dsp48e2",
         ),
         OverlayConfig(
             name="ulx3s", lanes=4, columns=8, ports=2, port_bits=64, vector_lanes=2, tokens=2, acc_rows=8,
-            abuf_rows=1024, mbuf_rows=256, kvbuf_heads=16, router_rows=256, history_tokens=256,
-            kvout_rows=256, state_rows=16, fifo_beats=16, burst_beats=8, outstanding=4, queue_depth=4,
+            abuf_rows=1024, mbuf_rows=256, kvbuf_heads=16, router_rows=256, history_tokens=256, history_layers=16,
+            buffer_beats=0, kvout_rows=256, state_rows=16, fifo_beats=16, burst_beats=8, outstanding=4, queue_depth=4,
             cache_words=64, dsp="mult18x18d",
         ),
     ]

@@ -26,10 +26,10 @@ __all__ = [
     "RowScale", "Unit", "WORD_BITS", "assemble", "decode", "disassemble", "encode", "markdown",
 ]
 
-ISA_VERSION = 2
+ISA_VERSION = 3
 WORD_BITS = 256
 REGISTERS = 16
-MAX_LAYERS = 64  #: layers that route tables and the history of written records distinguish
+MAX_LAYERS = 64  #: layers that route tables distinguish, and the pointers of KV records at most
 ROUTER_ROWS_AT = 0x8000  #: ABUF rows from here on are rows of the router buffer
 
 
@@ -262,15 +262,17 @@ INSTRUCTIONS = (
                 {"imm": "superbeat address", "rows": "rows", "x": "ABUF row"},
                 _place([Field("count", 16, "superbeats per row"), Field("beats", 16, "ABUF rows written per row"),
                         Field("dst_stride", 16, "ABUF rows per row")], BODY)),
-    Instruction("loadkv", 0x12, Unit.LOAD, "Load one KV tile (tile_tokens whole records) into the next KV buffer slot.",
-                "slot[token] = record of token, for tile_tokens tokens; token r*P+p from port p, "
-                "superbeat imm + r*record; with reuse + last*layer_stride, where last is the highest layer up to "
-                "`layer` in which storekv wrote position x + r*P+p (0 if none)",
-                {"imm": "superbeat address", "x": "position of the tile's first token, a multiple of P (reuse)"},
+    Instruction("loadkv", 0x12, Unit.LOAD, "Load one KV tile into the next KV buffer slot.",
+                "for i < min(rows, tile_tokens): slot[i] = record of position x + i, from port p = i mod P: superbeat "
+                "imm + (i div P)*record; with reuse imm + pointer[x + i]*record, where pointer[q] is the place that "
+                "storekv gave the record of the highest layer up to `layer` which wrote position q. The rest of the "
+                "slot is undefined: vscore has to mask it. What the history buffer holds is not read from memory",
+                {"imm": "superbeat address", "rows": "positions written from x on",
+                 "x": "position of the tile's first token, a multiple of P"},
                 _place([Field("heads", 8, "KV heads"), Field("head_beats", 8, "port beats of one head"),
-                        Field("record", 16, "port beats of one record"), Field("reuse", 1, "follow the history"),
-                        Field("layer", 6, "layer"), Field("layer_stride", 24, "superbeats from layer to layer")],
-                       BODY)),
+                        Field("record", 16, "port beats of one record"), Field("reuse", 1, "follow the pointers"),
+                        Field("layer", 6, "layer"), Field("final", 1, "no later layer: nothing is retained"),
+                        Field("buffer", 16, "records per port that the history buffer may hold, 0 for none")], BODY)),
 
     Instruction("matmul", 0x20, Unit.COMPUTE,
                 "Multiply rows of MBUF by the tile stream, deliver rows to the vector unit.",
@@ -317,11 +319,12 @@ INSTRUCTIONS = (
             imm="number of logits that count", x="first row of the row scale: row t takes the scale of row x + t"),
 
     Instruction("storekv", 0x40, Unit.STORE, "Write new KV records to memory.",
-                "for t < rows in list: position = x + t; port = position mod P; "
-                "memory[port][imm + (position div P)*record ..] = kvout[t*record ..]",
+                "for t < rows in list: position = x + t; port = position mod P; place = position div P; with reuse "
+                "place = the next free one of the port, noted as pointer[position] of the layer (position 0 in layer 0 "
+                "begins anew: all places free); memory[port][imm + place*record ..] = kvout[t*record ..]",
                 {"imm": "superbeat address", "rows": "tokens", "x": "position of the first token"},
-                _place([Field("record", 16, "port beats of one record"),
-                        Field("layer", 6, "layer: noted in the history of the position, begun anew at layer 0")],
+                _place([Field("record", 16, "port beats of one record"), Field("layer", 6, "layer"),
+                        Field("reuse", 1, "allocate"), Field("places", 16, "records per port that memory holds (reuse)")],
                        BODY)),
     Instruction("storel", 0x41, Unit.STORE, "Write logits to memory.",
                 "for i < rows*count: memory[imm + i] = superbeat of store_stream (rows of vlogits packed without gaps)",

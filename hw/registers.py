@@ -43,6 +43,8 @@ class FaultCause(IntEnum):
     WATCHDOG = 7  #: no progress for WATCHDOG cycles
     BUFFER_RANGE = 8  #: a row beyond an on-chip buffer
     TOKEN_RANGE = 9  #: a token table index at or beyond TOKENS
+    KV_POINTER = 10  #: the pointer of a KV record is damaged, or names none of the running sequence
+    KV_FULL = 11  #: no place is left for a KV record behind a port
 
 
 class Control(IntFlag):
@@ -122,8 +124,9 @@ COUNTERS = (
     ("SATURATIONS", "keys and values clamped to the largest FP16 number"),
     ("DROPPED", "instructions dropped because their row list was empty"),
     ("WEIGHTS_READ", "superbeats of weights delivered to the array"),
-    ("KV_READ", "superbeats of KV tiles delivered"),
+    ("KV_READ", "port beats of KV records delivered from memory"),
     ("KV_WRITTEN", "port beats of KV records written"),
+    ("KV_BUFFERED", "port beats of KV records delivered from the history buffer"),
 )  #: 64-bit counters of events, cleared at start
 
 CAPABILITIES = (
