@@ -61,7 +61,8 @@ class FunctionalDevice(SoftwareDevice):
         return Outcome(
             registers={"INSTRUCTIONS": counters["instructions"], "SATURATIONS": counters["saturations"],
                        "DROPPED": counters["dropped"], "WEIGHTS_READ": counters["weights_read"] // superbeat,
-                       "KV_READ": counters["kv_read"] // superbeat, "KV_WRITTEN": counters["kv_written"] // beat,
+                       "KV_READ": counters["kv_read"] // beat, "KV_WRITTEN": counters["kv_written"] // beat,
+                       "KV_BUFFERED": counters["kv_buffered"] // beat,
                        "PC": machine.pc, "ARGMAX_INDEX": machine.argmax_index, "ARGMAX_VALUE": machine.argmax_value},
             routes=machine.routes,
             beats_read=sum(counters[name] for name in ("weights_read", "kv_read", "activations_read")) // beat,

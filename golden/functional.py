@@ -33,8 +33,8 @@ from .vector import VectorUnit
 
 __all__ = ["COUNTERS", "FunctionalMachine", "MachineFault", "ProgramError", "Write"]
 
-COUNTERS = ("instructions", "dropped", "saturations", "weights_read", "kv_read", "activations_read", "kv_written",
-            "logits_written")
+COUNTERS = ("instructions", "dropped", "saturations", "weights_read", "kv_read", "kv_buffered", "activations_read",
+            "kv_written", "logits_written")
 WORD_BYTES = 32
 ROWS_OF_CHUNK = {item.mnemonic for item in INSTRUCTIONS if item.unit == Unit.VECTOR and "heads" in item.fields} | {
     "matmul", "route", "storekv"}  #: whose `rows` counts tokens
@@ -121,10 +121,11 @@ class FunctionalMachine(MachineState):
             self.counters["saturations"] = self.saturations
 
     def reset(self) -> None:
-        """State after power-up; memories, what was unpacked from them and the history of records are kept."""
-        history = self.history
+        """State after power-up; memories, what was unpacked from them and the pointers of KV records are kept."""
+        kv = self.kv
         super().__init__(self.config)
-        self.history = history  # a memory too, and what it says of records stays true
+        self.kv = kv  # pointers are a memory too, but no sequence runs
+        kv.reset()
         self._matrix.forget_tiles()
 
     def invalidate(self, address: int | None = None, size: int = 0) -> None:
@@ -276,72 +277,76 @@ class FunctionalMachine(MachineState):
 
     def _loadkv(self, values: dict[str, int]) -> list[Write]:
         config, heads, head_beats, record = self.config, *(values[name] for name in ("heads", "head_beats", "record"))
-        count, regions = config.tile_tokens // config.ports * record, self._regions(values)
-        dims = head_beats * config.beat_elements
+        count, dims = min(values["rows"], config.tile_tokens), head_beats * config.beat_elements
         if not heads or not head_beats or dims % config.lanes or 2 * heads * head_beats > record:
             raise ProgramError(f"loadkv: {heads} heads of {head_beats} beats (whole lanes) must fit "
                                f"a record of {record}")
+        if not count:
+            raise ProgramError("loadkv: rows must be at least 1")
         if heads * dims // config.lanes > config.kvbuf_heads:
             self._fail(FaultCause.BUFFER_RANGE, f"{heads} KV heads of {dims}, the KV buffer has {config.kvbuf_heads} "
                                                 f"x {config.lanes}")
+        places, beats, held = self._places(values, count)
+        addresses = values["imm"] + places * record
 
         def build() -> tuple[KvTile, list[Span]]:
-            addresses = regions + np.arange(config.tile_tokens) // config.ports * record
             return (unpack_kv(config, self.memories, addresses, heads, head_beats),
-                    [(first, first + count) for first in np.unique(regions).tolist()])
+                    [(int(addresses.min()), int(addresses.max()) + record)])
 
-        place = regions if isinstance(regions, int) else regions.tobytes()
-        self._matrix.tiles.append(self.cache.get(("kv", heads, head_beats, record, place), build))
-        self.counters["kv_read"] += count * config.superbeat_bytes
+        self._matrix.tiles.append(self.cache.get(("kv", heads, head_beats, record, addresses.tobytes()), build))
+        self.counters["kv_read"] += (beats - held) * self._per_beat
+        self.counters["kv_buffered"] += held * self._per_beat
         return []
 
-    def _regions(self, values: dict[str, int]) -> int | np.ndarray:
-        """Where the KV tile would begin, by the layer that each record comes from: int64 [tile_tokens], or one for all.
-        """
-        config, record, first, layer = self.config, values["record"], values["x"], values["layer"]
+    def _places(self, values: dict[str, int], count: int) -> tuple[np.ndarray, int, int]:
+        """(places of ``count`` records, port beats that make up their rows, those of them that the buffer holds)."""
+        config, record, first = self.config, values["record"], values["x"]
         if not values["reuse"]:
-            self._range(values["imm"], config.tile_tokens // config.ports * record)
-            return values["imm"]
-        tokens = np.arange(config.tile_tokens)
+            rows = -(-count // config.ports)
+            self._range(values["imm"], rows * record)
+            return np.arange(count) // config.ports, rows * config.ports * record, 0
         if first < 0 or first % config.ports:
             raise ProgramError(f"loadkv: position must be a multiple of {config.ports} ports, not {first}")
-        if first + len(tokens) > config.history_tokens:
-            self._fail(FaultCause.BUFFER_RANGE, f"history of positions {first}..{first + len(tokens) - 1}, "
-                                                f"{config.history_tokens} are remembered")
-        written = self.history[first : first + len(tokens), layer::-1]  # latest layer first
-        last = np.where(written.any(1), layer - written.argmax(1), 0)
-        regions = values["imm"] + last * values["layer_stride"]
-        addresses = regions + tokens // config.ports * record
-        for token in np.flatnonzero((addresses < 0) | (addresses + record > self.limit)):
-            self._range(int(addresses[token]), record, int(token) % config.ports)
-        return regions
+
+        def check(places: np.ndarray) -> None:
+            addresses = values["imm"] + places * record
+            for port in np.flatnonzero((places >= 0) & ((addresses < 0) | (addresses + record > self.limit))).tolist():
+                self._range(int(addresses[port]), record, port)
+
+        places, held = self.kv.load(first, count, values["layer"], record, values["buffer"], bool(values["final"]),
+                                    check, self._fail)
+        return places, count * record, held * record
 
     # ---- store unit
 
     def _storekv(self, values: dict[str, int]) -> list[Write]:
         record, beat, ports = values["record"], self._per_beat, self.config.ports
-        rows, layer = rows_of(values["mask"]).tolist(), values["layer"]
-        end = (rows[-1] + 1) * record
-        if end > self.config.kvout_rows:
-            self._fail(FaultCause.BUFFER_RANGE, f"kvout row {end - 1} of {self.config.kvout_rows}")
+        rows = rows_of(values["mask"]).tolist()
         if values["x"] < 0:
             raise ProgramError(f"storekv: position must not be negative, but is {values['x']}")
+        if not values["reuse"]:
+            self._kvout_range(rows[-1], record)
         data = self.kvout.view(np.uint8).reshape(-1, beat)
         addresses = []
         for t in rows:
             position = values["x"] + t
-            row, port = divmod(position, ports)
-            address = values["imm"] + row * record
+            place, port = divmod(position, ports)
+            if values["reuse"]:
+                place = self.kv.store(position, values["layer"], values["places"], self._fail)
+                self._kvout_range(t, record)
+            address = values["imm"] + place * record
             self._range(address, record, port)
             new = data[t * record : (t + 1) * record].ravel()
             self.memories[port][address * beat : (address + record) * beat] = new
             addresses.append(address)
-            if position < self.config.history_tokens:
-                self.history[position] &= layer > 0
-                self.history[position, layer] = True
         self.cache.invalidate(min(addresses), max(addresses) + record)
         self.counters["kv_written"] += len(rows) * record * beat
         return [Write("memory", np.unique(np.array(addresses, np.int64)[:, None] + np.arange(record)))]
+
+    def _kvout_range(self, row: int, record: int) -> None:
+        end = (row + 1) * record
+        if end > self.config.kvout_rows:
+            self._fail(FaultCause.BUFFER_RANGE, f"kvout row {end - 1} of {self.config.kvout_rows}")
 
     def _storel(self, values: dict[str, int]) -> list[Write]:
         config, beat, count = self.config, self._per_beat, values["rows"] * values["count"]

@@ -156,13 +156,14 @@ def unpack_weights(config: OverlayConfig, mode: MatmulMode, stream: np.ndarray, 
 
 def unpack_kv(config: OverlayConfig, memories: list[np.ndarray], addresses: np.ndarray, heads: int,
               head_beats: int) -> KvTile:
-    """The KV tile of one record for each of tile_tokens tokens, at superbeat addresses; token i is behind port i mod P.
+    """The KV tile of the records at up to tile_tokens superbeat addresses, record i behind port i mod P; others are 0.
     """
     beat, dims = config.port_bits // 8, head_beats * config.beat_elements
-    index = addresses.reshape(-1, config.ports, 1) + np.arange(2 * heads * head_beats)
-    records = np.stack([memory[: len(memory) // beat * beat].reshape(-1, beat)[index[:, port]]
-                        for port, memory in enumerate(memories)], 1).view(np.uint16)
-    mantissa, exponent = align_kv(records.reshape(config.tile_tokens, 2, heads, dims))
+    records = np.zeros((config.tile_tokens, 2 * heads * head_beats, beat), np.uint8)
+    for port, memory in enumerate(memories[: len(addresses)]):
+        index = addresses[port :: config.ports, None] + np.arange(2 * heads * head_beats)
+        records[port : len(addresses) : config.ports] = memory[: len(memory) // beat * beat].reshape(-1, beat)[index]
+    mantissa, exponent = align_kv(records.view(np.uint16).reshape(config.tile_tokens, 2, heads, dims))
     mantissa = mantissa.astype(np.float32)
     return KvTile(
         np.ascontiguousarray(mantissa[:, 0].transpose(1, 2, 0)).reshape(heads, -1, config.block, config.tile_tokens),

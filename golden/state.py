@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 from skipopu.hw.config import OverlayConfig
-from skipopu.hw.isa import MAX_LAYERS, RowList
+from skipopu.hw.isa import RowList
 from skipopu.hw.registers import FaultCause
 
 from .arithmetic import LOWEST, widen
+from .kv_memory import KvMemory
 
 __all__ = ["ALPHA_DROP", "BeatStream", "MAXIMUM_INIT", "MachineFault", "MachineState", "Nest", "RowLists", "Write",
            "nest", "rows_of"]
@@ -154,8 +155,7 @@ class MachineState:
     blocks] and mbuf_emax int16 [mbuf_rows]; kvout uint16 [kvout_rows, E], FP16 bits; softmax states maximum, alpha
     and total, int64 [state_rows]; sumsq int64 [tokens]; inv_n, eps; argmax_index, argmax_value (FP32 bits).
     For attention and MLP: routers float64 [2, router_rows, V], their weights; router_bias and scores (of each row that
-    was scored last) int64 [2] and [2, tokens], units of 2^-24. history bool [history_tokens, layers]: the layers that
-    wrote a KV record of a position.
+    was scored last) int64 [2] and [2, tokens], units of 2^-24. kv: where KV records lie with reuse.
     """
 
     def __init__(self, config: OverlayConfig) -> None:
@@ -176,7 +176,7 @@ class MachineState:
         self.routers = np.zeros((2, config.router_rows, config.vector_lanes))
         self.router_bias = np.zeros(2, np.int64)
         self.scores = np.full((2, config.tokens), -1, np.int64)
-        self.history = np.zeros((config.history_tokens, MAX_LAYERS), bool)
+        self.kv = KvMemory(config)
         self.argmax_index = 0
         self.argmax_value = int(np.float32(LOWEST).view(np.uint32))
         self.saturations = 0

@@ -80,6 +80,8 @@ class _Pair:
             raise RequestError("both devices must be given the same compiled model")
         self.both = (expected, got)
         self.config, self.program = expected.config, expected.compiled.program
+        self.places = [0] * self.config.ports
+        self.past: list[list[int]] = []  # tokens of the runs so far
 
     def run(self, tokens: list[int]) -> _Run:
         """One run on both, with the logits of every row."""
@@ -88,12 +90,18 @@ class _Pair:
             accelerator.run(tokens, 0, len(tokens))
         words = [] if (routes := expected.stats[-1].routes) is None else words_of_routes(routes)
         arguments = Arguments(position, len(tokens), 0, len(tokens), tuple(zip(words[::2], words[1::2])))
-        return _Run(position, tokens, run_effects(self.config, self.program, arguments, tokens))
+        self.past.append(tokens)
+        return _Run(position, tokens, run_effects(self.config, self.program, arguments, tokens, self.places))
 
     def cut(self, run: _Run, count: int) -> None:
-        """Repeat the first ``count`` instructions of a run. The reset empties queues, memory stays."""
+        """Repeat the first ``count`` instructions of a run. The reset empties queues, memory stays, but with KV reuse
+        all runs are repeated: no pointer of a record outlasts it.
+        """
         for accelerator in self.both:
             accelerator.reset()
+            if accelerator.map.kv == "reuse":
+                for tokens in self.past[:-1]:
+                    accelerator.run(tokens)
             accelerator.position = run.position
             accelerator.run(run.tokens, 0, len(run.tokens), instructions=count)
 

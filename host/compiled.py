@@ -32,6 +32,8 @@ class ImageMap:
     model: str
     identity: str
     kv: str = ""  # KV mode of a program with routers, "" without
+    places: int = 0  # KV records behind each port (KV reuse)
+    buffer: int = 0  # KV records that the history buffer keeps for each port
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
@@ -56,7 +58,7 @@ class Compiled:
         """Sizes for people: bytes of each kind of region, instructions, chunk, context."""
         kinds: dict[str, int] = {}
         for name, (_, size) in self.map.regions.items():
-            kind = "kv" if name.startswith("kv.") else name.split(".")[-1]
+            kind = "kv" if name.split(".")[0] == "kv" else name.split(".")[-1]
             kinds[kind] = kinds.get(kind, 0) + size * self.config.superbeat_bytes
         return {"configuration": self.config.name, "model": self.map.model, "instructions": len(self.program.words),
                 "chunk": self.map.chunk, "context": self.map.context, "kv": self.map.kv, "bytes": kinds,

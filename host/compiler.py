@@ -34,19 +34,20 @@ from .layout import ceil_div, row_superbeats
 from .model import Model
 from .passes.check import check_program
 from .passes.routers import router_biases
-from .plan import Plan, make_plan
+from .plan import KvSizes, Plan, make_plan
 from .program import WORD_BYTES, Builder, Program, vector_imm
 from .routers import Routers
 
 __all__ = ["Placement", "compile_model", "emit_program"]
 
-_TILES, _INDEX, _LIMIT, _OFFSET, _TOKEN, _FIRST = (
-    Register.T0, Register.T1, Register.T2, Register.T3, Register.T4, Register.T5)
+_TILES, _INDEX, _LIMIT, _OFFSET, _TOKEN, _FIRST, _TILE = (
+    Register.T0, Register.T1, Register.T2, Register.T3, Register.T4, Register.T5, Register.T6)
+_LEFT = _TOKEN  # tokens are read at the start only
 _R = Resource
 
 
 def compile_model(model: Model, config: OverlayConfig, context: int | None = None, routers: Routers | None = None,
-                  check: bool = True, fused: bool = True) -> Compiled:
+                  check: bool = True, fused: bool = True, kv: KvSizes = KvSizes()) -> Compiled:
     """Compile ``model`` for ``config``, with room for ``context`` positions (by default at most 2048).
 
     routers : linear ones for this model, with which every token decides what it skips; `lora.merged` before, if they
@@ -54,7 +55,8 @@ def compile_model(model: Model, config: OverlayConfig, context: int | None = Non
     check : walk the finished program and verify it (see `passes.check`)
     fused : False gives every reduction (sum of squares, router scores, softmax maximum and sum) and every
         normalisation a pass of its own, with the same results: what the fusion saves, for measurements
-    Raises CapacityError if the model does not fit the configuration, CompileError for an impossible context,
+    kv : with KV reuse, memory and history buffer of its records
+    Raises CapacityError if the model does not fit the configuration, CompileError for an impossible context or buffer,
     RouterError for routers of another model or beyond what the overlay computes.
     """
     if routers is not None:
@@ -62,7 +64,7 @@ def compile_model(model: Model, config: OverlayConfig, context: int | None = Non
         routers.require_model(model)
         if routers.lora:
             raise RouterError("routers with LoRA factors need a model that holds them; merge them first")
-    plan = make_plan(config, model.config, context, routers.kv if routers else "")
+    plan = make_plan(config, model.config, context, routers.kv if routers else "", kv)
     image = ImageBuilder(plan, model, routers)
     program = emit_program(plan, image, None if routers is None else router_biases(routers).tolist(), fused)
     image.memory.add("program", ceil_div(len(program.words) * WORD_BYTES * 8, config.port_bits))
@@ -74,7 +76,8 @@ def compile_model(model: Model, config: OverlayConfig, context: int | None = Non
         chat=model.chat, map=ImageMap(
             regions=image.memory.regions, image=image.top, memory=image.memory.top, chunk=plan.chunk,
             context=plan.context, vocab=settings.vocab, logits_width=plan.logits_width, layers=settings.layers,
-            model=settings.name, identity=model.identity, kv=plan.kv, bos_id=settings.bos_id, eos_ids=settings.eos_ids))
+            model=settings.name, identity=model.identity, kv=plan.kv, places=plan.places, buffer=plan.buffer,
+            bos_id=settings.bos_id, eos_ids=settings.eos_ids))
 
 
 class Placement(Protocol):
@@ -122,6 +125,7 @@ class _Emitter:
         emit("add", rd=_TILES, imm_reg=Register.POSITION, rows_reg=Register.TOKENS)
         emit("addi", rd=_TILES, imm_reg=_TILES, imm=tile - 1)
         emit("shri", rd=_TILES, imm_reg=_TILES, rows=tile.bit_length() - 1)
+        emit("addi", rd=_TILE, imm=tile)
         self.build.at(-1, "embedding", "embedding")
         address, row, token = _OFFSET, _LIMIT, _TOKEN
         count = row_superbeats(self.config, plan.hidden)
@@ -258,9 +262,13 @@ class _Emitter:
                 self.build.at(layer, "attention", name + tensor, rows)
                 self._into_record(tensor)
         self.build.at(layer, "attention", f"kv.{layer}", rows)
-        self.build.emit("storekv", reads=_R.KVOUT, writes=_R.KVMEM, imm=self.image.address(f"kv.{layer}"),
-                        rows_reg=Register.TOKENS, x_reg=Register.POSITION, record=self.plan.record,
-                        layer=layer if self.biases else 0)
+        reuse = {"reuse": 1, "places": self.plan.places, "layer": layer} if self.plan.kv == "reuse" else {}
+        self.build.emit("storekv", reads=_R.KVOUT, writes=_R.KVMEM, imm=self._records(layer),
+                        rows_reg=Register.TOKENS, x_reg=Register.POSITION, record=self.plan.record, **reuse)
+
+    def _records(self, layer: int) -> int:
+        """Address of the region with the KV records of a layer."""
+        return self.image.address(self.plan.kv_region(layer))
 
     def _early(self, layer: int) -> int:
         """Superbeats of the key projection that are read before the route is known."""
@@ -298,18 +306,20 @@ class _Emitter:
         head, head_rows, out = plan.beats(plan.head_dim), plan.rows(plan.head_dim), plan.beats(plan.q_width)
         score = heads | {"beats": tile, "row_stride": tile, "group_stride": plan.chunk * tile,
                          "head_stride": plan.groups * plan.chunk * tile, "vector": tile}
-        reuse = self.plan.kv == "reuse" and layer > 0
-        history = {"reuse": 1, "layer": layer, "x_reg": _FIRST, "layer_stride": plan.kv_superbeats} if reuse else {}
+        final = layer == self.model.layers - 1
+        reuse = self.plan.kv == "reuse"
+        where = ({"reuse": 1, "layer": layer, "final": final, "buffer": plan.buffer, "x_reg": _FIRST} if reuse else
+                 {"imm_reg": _OFFSET})
         self.build.at(layer, "attention", f"kv.{layer}", self.attending)
         emit("vinit")
         emit("addi", rd=_INDEX)
         emit("addi", rd=_LIMIT, imm_reg=Register.POSITION)
-        emit("addi", rd=_OFFSET)
-        if reuse:
-            emit("addi", rd=_FIRST)
-        loop = emit("loadkv", reads=_R.KVMEM, imm=self.image.address(f"kv.{0 if reuse else layer}"), imm_reg=_OFFSET,
-                    heads=self.model.kv_heads, head_beats=plan.head_dim // config.beat_elements,
-                    record=plan.record, **history)
+        emit("addi", rd=_FIRST if reuse else _OFFSET)
+        loop = emit("add", rd=_LEFT, imm_reg=_LIMIT, rows_reg=Register.TOKENS)
+        emit("min", rd=_LEFT, imm_reg=_LEFT, rows_reg=_TILE)
+        emit("loadkv", reads=_R.KVMEM, imm=self._records(layer), rows_reg=_LEFT,
+             heads=self.model.kv_heads, head_beats=plan.head_dim // config.beat_elements, record=plan.record,
+             **where)
         emit("matmul", reads=_R.MQ, x=on_chip["mq"], mode=MatmulMode.QK, **heads,
              n_tiles=config.tile_tokens // config.columns, k_tiles=head_rows, row_stride=plan.rows(plan.q_width),
              group_stride=head_rows, head_stride=plan.groups * head_rows, beats=tile)
@@ -324,9 +334,10 @@ class _Emitter:
              row_stride=out, group_stride=head, head_stride=plan.groups * head, vector=head)
         emit("addi", rd=_INDEX, imm_reg=_INDEX, imm=1)
         emit("addi", rd=_LIMIT, imm_reg=_LIMIT, imm=-config.tile_tokens)
-        emit("addi", rd=_OFFSET, imm_reg=_OFFSET, imm=plan.tile_superbeats)
         if reuse:
             emit("addi", rd=_FIRST, imm_reg=_FIRST, imm=config.tile_tokens)
+        else:
+            emit("addi", rd=_OFFSET, imm_reg=_OFFSET, imm=plan.tile_superbeats)
         emit("branch", rows_reg=_INDEX, x_reg=_TILES, condition=Condition.LT, imm=loop)
 
     def _mlp(self, layer: int) -> None:

@@ -48,8 +48,13 @@ class Effect:
     route: int | None = None
 
 
-def run_effects(config: OverlayConfig, program: Program, arguments: Arguments, tokens: Sequence[int]) -> list[Effect]:
-    """The effects of one run in the order of dispatch; entry i stands for INSTRUCTION_LIMIT i + 1."""
+def run_effects(config: OverlayConfig, program: Program, arguments: Arguments, tokens: Sequence[int],
+                places: list[int] | None = None) -> list[Effect]:
+    """The effects of one run in the order of dispatch; entry i stands for INSTRUCTION_LIMIT i + 1.
+
+    places : KV records with reuse behind each port so far, by default none; those of the run are added
+    """
+    places = [0] * config.ports if places is None else places
     found, weights, results, logits = [], 0, 0, 0
     for pc, mnemonic, _, fields in walk(program, arguments, tokens):
         runs = fields["mask"] != 0
@@ -70,7 +75,7 @@ def run_effects(config: OverlayConfig, program: Program, arguments: Arguments, t
         results -= runs and mnemonic in TAKES_STREAM
         found.append(Effect(
             pc, mnemonic, _rows(config, mnemonic, fields) if runs else {},
-            _spans(config, mnemonic, fields) if runs else (), cut=not (weights or results or logits),
+            _spans(config, mnemonic, fields, places) if runs else (), cut=not (weights or results or logits),
             route=fields["layer"] if runs and mnemonic == "route" else None))
     return found
 
@@ -105,10 +110,18 @@ def _rows(config: OverlayConfig, mnemonic: str, f: dict[str, int]) -> dict[Debug
     return rows
 
 
-def _spans(config: OverlayConfig, mnemonic: str, f: dict[str, int]) -> tuple[Span, ...]:
+def _spans(config: OverlayConfig, mnemonic: str, f: dict[str, int], places: list[int]) -> tuple[Span, ...]:
     if mnemonic == "storel":
         return (Span(None, f["imm"], f["rows"] * f["count"]),)
     if mnemonic == "storekv":
-        return tuple(Span(position % config.ports, f["imm"] + position // config.ports * f["record"], f["record"])
-                     for position in (f["x"] + row for row in rows_in(f)))
+        spans = []
+        for position in (f["x"] + row for row in rows_in(f)):
+            place, port = divmod(position, config.ports)
+            if f["reuse"]:
+                if position == 0 and f["layer"] == 0:  # a sequence begins
+                    places[:] = [0] * config.ports
+                place = places[port]
+                places[port] += 1
+            spans.append(Span(port, f["imm"] + place * f["record"], f["record"]))
+        return tuple(spans)
     return ()

@@ -51,7 +51,8 @@ class ImageBuilder:
         self._place_linear("head", model.head, head, self._hidden)
         self.top = self.memory.top  # superbeats with contents
         for layer in range(model.config.layers):
-            self.memory.add(f"kv.{layer}", plan.context_tiles * plan.tile_superbeats)
+            if (region := plan.kv_region(layer)) not in self.memory.regions:
+                self.memory.add(region, plan.region_superbeats)
         self.memory.add("logits", plan.chunk * row_superbeats(self.config, plan.logits_width))
 
     def address(self, name: str) -> int:

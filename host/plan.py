@@ -5,6 +5,7 @@ A `Plan` is made once per (model, configuration, context); the compiler writes i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,11 +16,24 @@ from .errors import CapacityError, CompileError
 from .layout import ceil_div, kv_tile_superbeats, pad_to, record_beats, row_superbeats
 from .model import ModelConfig
 
-__all__ = ["DEFAULT_CONTEXT", "Plan", "make_plan", "shortages"]
+__all__ = ["DEFAULT_CONTEXT", "KvSizes", "Plan", "make_plan", "shortages"]
 
 DEFAULT_CONTEXT = 2048
 _INNER_LIMIT = (1 << 16) - 1  # inner size of a matmul for which 48 accumulator bits are enough
 _FIELDS = {item.mnemonic: item.fields for item in INSTRUCTIONS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvSizes:
+    """What a program with KV reuse may spend on its records; without reuse nothing is asked for.
+
+    share : part of all (layer, position) pairs that memory holds records for, 0..1; it runs out with a fault where
+        tokens execute attention more often
+    buffer : bytes of the history buffer, all ports together; by default all of it
+    """
+
+    share: float = 1.0
+    buffer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -27,7 +41,7 @@ class Plan:
     """Sizes of one model on one configuration. ABUF addresses and all strides are in vector beats, MBUF ones in rows.
 
     chunk : rows processed together at most; context : positions the KV region holds
-    kv : KV mode of a program with routers, "" without
+    kv : KV mode of a program with routers, "" without; sizes : of its records, with reuse
     """
 
     config: OverlayConfig
@@ -35,6 +49,7 @@ class Plan:
     context: int
     chunk: int
     kv: str = ""
+    sizes: KvSizes = KvSizes()
 
     # padded sizes, elements
     @property
@@ -83,9 +98,32 @@ class Plan:
         return ceil_div(self.context, self.config.tile_tokens)
 
     @property
-    def kv_superbeats(self) -> int:
-        """Superbeats from the KV region of one layer to that of the next."""
-        return pad_to(self.context_tiles * self.tile_superbeats, self.config.burst_beats)
+    def places(self) -> int:
+        """KV records behind each port, of all layers together (KV reuse)."""
+        if self.kv != "reuse":
+            return 0
+        rows = ceil_div(self.context, self.config.ports)
+        return max(rows, math.ceil(rows * self.model.layers * self.sizes.share))
+
+    @property
+    def buffer(self) -> int:
+        """KV records that the history buffer keeps for each port (KV reuse)."""
+        if self.kv != "reuse":
+            return 0
+        config = self.config
+        beats = config.buffer_beats
+        if self.sizes.buffer is not None:
+            beats = self.sizes.buffer // config.superbeat_bytes
+        return min(beats // self.record, config.history_tokens // config.ports)
+
+    @property
+    def region_superbeats(self) -> int:
+        """Superbeats of one KV region."""
+        return self.places * self.record or self.context_tiles * self.tile_superbeats
+
+    def kv_region(self, layer: int) -> str:
+        """Name of the region that holds the KV records of a layer."""
+        return "kv" if self.kv == "reuse" else f"kv.{layer}"
 
     @property
     def prefetch(self) -> int:
@@ -170,7 +208,8 @@ class Plan:
             yield "layers of a routed model", model.layers, MAX_LAYERS
         if self.kv == "reuse":
             yield "history_tokens (positions with KV reuse)", self.context, config.history_tokens
-            yield "loadkv.layer_stride", self.kv_superbeats, loadkv["layer_stride"].maximum
+            yield "history_layers (layers with KV reuse)", model.layers, config.history_layers
+            yield "storekv.places (KV records behind a port)", self.places, _FIELDS["storekv"]["places"].maximum
 
 
 def _shortage(plan: Plan) -> tuple[str, int, int] | None:
@@ -179,36 +218,44 @@ def _shortage(plan: Plan) -> tuple[str, int, int] | None:
 
 def shortages(config: OverlayConfig, model: ModelConfig, context: int, kv: str = "") -> list[tuple[str, int, int]]:
     """(limit, needed, available) of everything that is too small for even one row at a time."""
-    return [item for item in _largest(config, model, context, kv).requirements() if item[1] > item[2]]
+    return [item for item in _largest(config, model, context, kv, KvSizes()).requirements() if item[1] > item[2]]
 
 
-def _largest(config: OverlayConfig, model: ModelConfig, context: int, kv: str) -> Plan:
+def _largest(config: OverlayConfig, model: ModelConfig, context: int, kv: str, sizes: KvSizes) -> Plan:
     """The plan with the longest chunk that fits; if none fits, the plan for one row."""
     for chunk in range(config.tokens, 1, -1):
-        plan = Plan(config, model, context, chunk, kv)
+        plan = Plan(config, model, context, chunk, kv, sizes)
         if _shortage(plan) is None:
             return plan
-    return Plan(config, model, context, 1, kv)
+    return Plan(config, model, context, 1, kv, sizes)
 
 
-def make_plan(config: OverlayConfig, model: ModelConfig, context: int | None = None, kv: str = "") -> Plan:
+def make_plan(config: OverlayConfig, model: ModelConfig, context: int | None = None, kv: str = "",
+              sizes: KvSizes = KvSizes()) -> Plan:
     """The plan with the longest chunk that fits the configuration.
 
     context : positions to provide for, 1..model.context; by default the model's, but at most 2048, and with KV reuse at
         most those whose written layers the configuration remembers
-    kv : KV mode of a program with routers, "" without
-    Raises CompileError for a context outside the model's, CapacityError if not even one row at a time fits: the
-    message names the limit, what is needed, and the presets that would do.
+    kv : KV mode of a program with routers, "" without; sizes : of the KV records, with reuse
+    Raises CompileError for a context outside the model's, for a share outside 0..1 and a history buffer larger than the
+    configuration's, CapacityError if not even one row at a time fits: the message names the limit, what is needed, and
+    the presets that would do.
     """
     if context is None:
         context = min(model.context, DEFAULT_CONTEXT, config.history_tokens if kv == "reuse" else DEFAULT_CONTEXT)
     if not 1 <= context <= model.context:
         raise CompileError(f"context must be 1..{model.context} positions for model {model.name}, not {context}")
-    plan = _largest(config, model, context, kv)
+    if not 0 <= sizes.share <= 1:
+        raise CompileError(f"the share of KV records that memory holds must be 0..1, not {sizes.share:g}")
+    capacity = config.buffer_beats * config.superbeat_bytes
+    if sizes.buffer is not None and not 0 <= sizes.buffer <= capacity:
+        raise CompileError(f"the history buffer of configuration {config.name} has {capacity} bytes; ask for 0..{capacity}, "
+                           f"not {sizes.buffer}")
+    plan = _largest(config, model, context, kv, sizes)
     short = _shortage(plan)
     if short is None:
         return plan
-    others = [name for name, other in PRESETS.items() if _shortage(_largest(other, model, context, kv)) is None]
+    others = [name for name, other in PRESETS.items() if _shortage(_largest(other, model, context, kv, sizes)) is None]
     advice = f"use configuration {' or '.join(others)}" if others else "no preset is large enough"
     raise CapacityError(f"model {model.name} does not fit configuration {config.name}: {short[0]} must be at least "
                         f"{short[1]} but is {short[2]}; {advice}")

@@ -196,12 +196,18 @@ def _load_tile(state: _State, f: dict[str, int]) -> None:
     state.require(f["record"] == record, f"record must be {record}, not {f['record']}")
     used = f["heads"] * f["head_beats"] * config.beat_elements // config.lanes
     state.require(used <= config.kvbuf_heads, f"the KV buffer holds {config.kvbuf_heads} heads, not {used}")
-    count = config.tile_tokens // config.ports * record
-    for layer in (0, f["layer"]) if f["reuse"] else (0,):  # regions are equally spaced
-        state.memory(f["imm"] + layer * f["layer_stride"], count, ("kv",))
-    if f["reuse"]:
-        state.require(0 <= f["x"] <= config.history_tokens - config.tile_tokens,
-                      f"positions from {f['x']} on are not all in the history of {config.history_tokens}")
+    tokens = min(f["rows"], config.tile_tokens)
+    state.require(tokens >= 1, "rows must be at least 1")
+    if not f["reuse"]:
+        state.memory(f["imm"], -(-tokens // config.ports) * record, ("kv",))
+        return
+    state.memory(f["imm"], state.plan.places * record, ("kv",))
+    state.require(0 <= f["x"] <= config.history_tokens - tokens and f["x"] % config.ports == 0,
+                  f"positions {f['x']}..{f['x'] + tokens - 1} are not all among the {config.history_tokens} that have "
+                  f"pointers, from a multiple of {config.ports} on")
+    state.require(f["layer"] < config.history_layers, f"pointers have {config.history_layers} layers, not {f['layer']}")
+    state.require(f["buffer"] * record <= config.buffer_beats and f["buffer"] * config.ports <= config.history_tokens,
+                  f"the history buffer has {config.buffer_beats} beats, not {f['buffer']} records of {record}")
 
 
 def _compute(state: _State, mnemonic: str, f: dict[str, int],
@@ -283,5 +289,10 @@ def _store(state: _State, mnemonic: str, f: dict[str, int], rows: tuple[int, ...
     records = _offsets((rows, record), (record, 1))
     state.touch("kvout", records, write=False)
     state.written["kvout"][records] = False  # stored once
+    if f["reuse"]:
+        state.require(f["x"] + rows[-1] < config.history_tokens and f["layer"] < config.history_layers,
+                      f"position {f['x'] + rows[-1]} in layer {f['layer']} has no pointer")
+        state.memory(f["imm"], f["places"] * f["record"], ("kv",), write=True)
+        return
     first, last = (position // config.ports for position in (f["x"] + rows[0], f["x"] + rows[-1]))
     state.memory(f["imm"] + first * f["record"], (last - first + 1) * f["record"], ("kv",), write=True)

@@ -28,7 +28,7 @@ def write_records(bench, keys, values):
 
 
 def load_tile(tile):
-    return encode("loadkv", imm=KV + tile * TILE // CONFIG.ports * RECORD, heads=HEADS,
+    return encode("loadkv", imm=KV + tile * TILE // CONFIG.ports * RECORD, rows=TILE, heads=HEADS,
                   head_beats=DIM // CONFIG.beat_elements, record=RECORD)
 
 

@@ -9,7 +9,7 @@ from skipopu.host.layout import weight_superbeats
 from skipopu.host.passes.walk import Arguments, rows_in, walk
 from skipopu.host.program import WORD_BYTES, Note, Program
 from skipopu.host.software_device import Outcome, SoftwareDevice
-from skipopu.hw.isa import MAX_LAYERS, ROUTER_ROWS_AT, Destination, MatmulMode, RowScale
+from skipopu.hw.isa import ROUTER_ROWS_AT, Destination, MatmulMode, RowScale
 
 __all__ = ["FloatDevice", "unpack_weights"]
 
@@ -58,7 +58,7 @@ class FloatDevice(SoftwareDevice):
         self.fail = None
         self.runs = 0
         self._weights = {}
-        self.history = np.zeros((config.history_tokens, MAX_LAYERS), bool)
+        self.places, self.pointers = [0] * config.ports, {}
 
     def execute(self, run):
         self.runs += 1
@@ -131,27 +131,35 @@ class _Core:
                 first -= ROUTER_ROWS_AT
                 self.routers[:, first : first + f["beats"]] = halves.transpose(2, 0, 1)
 
-    def _record(self, token, base, record):
+    def _record(self, token, place, f):
         beat = self.config.port_bits // 8
-        first = (base + token // self.config.ports * record) * beat
-        return self.device.ports[token % self.config.ports, first : first + record * beat].view(np.float16)
+        first = (f["imm"] + place * f["record"]) * beat
+        return self.device.ports[token % self.config.ports, first : first + f["record"] * beat].view(np.float16)
+
+    def _pointer(self, position, layer):
+        return next(self.device.pointers[position, last] for last in range(layer, -1, -1)
+                    if (position, last) in self.device.pointers)
 
     def loadkv(self, f):
-        bases = np.full(self.config.tile_tokens, f["imm"])
-        if f["reuse"]:
-            written = self.device.history[f["x"] : f["x"] + len(bases), : f["layer"] + 1]
-            bases += np.where(written.any(1), f["layer"] - written[:, ::-1].argmax(1), 0) * f["layer_stride"]
-        records = [self._record(token, base, f["record"]) for token, base in enumerate(bases.tolist())]
-        self.tiles.append(np.stack(records).astype(np.float64).reshape(len(records), 2, f["heads"], -1))
+        count = min(f["rows"], self.config.tile_tokens)
+        records = np.zeros((self.config.tile_tokens, f["record"] * self.config.beat_elements))
+        for token in range(count):
+            place = self._pointer(f["x"] + token, f["layer"]) if f["reuse"] else token // self.config.ports
+            records[token] = self._record(token, place, f)
+        self.tiles.append(records.reshape(len(records), 2, f["heads"], -1))
 
     def storekv(self, f):
         record = f["record"] * self.config.beat_elements
         for row in f["t"]:
             position = f["x"] + row
-            self._record(position, f["imm"], f["record"])[:] = self.kvout[row * record : (row + 1) * record]
-            if position < self.config.history_tokens:
-                self.device.history[position] &= f["layer"] > 0
-                self.device.history[position, f["layer"]] = True
+            place, places = position // self.config.ports, self.device.places
+            if f["reuse"]:
+                if position == f["layer"] == 0:
+                    places[:], self.device.pointers = [0] * len(places), {}
+                place = places[position % len(places)]
+                places[position % len(places)] += 1
+                self.device.pointers[position, f["layer"]] = place
+            self._record(position, place, f)[:] = self.kvout[row * record : (row + 1) * record]
 
     def storel(self, f):
         data = self.logits.reshape(f["rows"] * f["count"], self.config.ports, -1).transpose(1, 0, 2)

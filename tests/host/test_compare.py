@@ -14,6 +14,7 @@ from skipopu.host.routers import Routers
 from skipopu.host.routes import RandomRoutes, words_of_routes
 from skipopu.host.runtime import Accelerator
 from skipopu.hw.config import preset
+from skipopu.hw.isa import Register
 from skipopu.hw.registers import DebugBuffer, address
 
 CONFIG = preset("tiny")
@@ -21,14 +22,11 @@ PROMPT = [5, 17, 60, 2, 9, 33]
 
 
 class FaultyDevice(FunctionalDevice):
-    """Flips one bit of what an instruction writes, from its ``after``-th execution since the device was opened on."""
+    """Flips one bit of what an instruction writes, in runs from a position on."""
 
-    def break_at(self, pc, after=0):
-        self.left = after
+    def break_at(self, pc, position=0):
         def observe(at, item, values, writes):
-            if at == pc and self.left > 0:
-                self.left -= 1
-            elif at == pc:
+            if at == pc and self.machine.registers[Register.POSITION] >= position:
                 for write in writes:
                     self._flip(write)
         self.machine.observer = observe
@@ -103,7 +101,7 @@ def test_the_search_works_on_the_rtl(compiled, mnemonic, tensor):
 
 def test_a_fault_in_a_later_run_is_found_there(compiled):
     first, second = pair_of(compiled)
-    second.device.break_at(find(compiled, "vswiglu", "layers.0.gate_up"), after=3)  # 2 runs of prompt, 1 step
+    second.device.break_at(find(compiled, "vswiglu", "layers.0.gate_up"), position=7)  # behind 6 of prompt, 1 step
     result = last(compare(first, second, PROMPT, 5))
     assert (result.difference.position, result.difference.tokens) == (len(PROMPT) + 1, 1)
     assert len(result.generated) == 2 and result.runs == 4
@@ -173,7 +171,7 @@ def test_the_first_wrong_instruction_is_named_with_routers(routed, mnemonic, ten
     for device in (first, second):
         device.force = RandomRoutes(0.3, 2)
         device.reset()
-    second.device.break_at(pc, after=1)  # behind the first run, so that what was cut knows the past
+    second.device.break_at(pc, position=4)  # behind the first run, so that what was cut knows the past
     difference = last(compare(first, second, PROMPT, 3)).difference
     assert (difference.pc, difference.position) == (pc, 4) and difference.place.startswith(place)
 
