@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from skipopu.hw.registers import FaultCause
+
 from .compiled import Compiled
 from .device import Device, read_register, write_register
 from .errors import DeviceError, RequestError, RouterError
@@ -128,9 +130,7 @@ class Accelerator(Generator):
         device.wait(self.timeout)
         seconds = time.perf_counter() - begin
         if (fault := device.fault()) is not None:
-            cause, pc, port = fault
-            raise DeviceError(f"the accelerator stopped with {cause.name} (port {port}) at "
-                              f"{self.compiled.program.describe(pc)}; reset it before the next run")
+            raise DeviceError(self._described(*fault))
         routes = None
         if self.map.kv:
             words = [read_register(device, "ROUTES", index) for index in range(2 * self.map.layers)]
@@ -139,6 +139,18 @@ class Accelerator(Generator):
                                    counters=device.counters(), routes=routes))
         self._last_rows = head_rows
         self.position += len(tokens)
+
+    def _described(self, cause: FaultCause, pc: int, port: int) -> str:
+        """A fault in one line."""
+        at = f"{cause.name} (port {port}) at {self.compiled.program.describe(pc)}"
+        if cause == FaultCause.KV_FULL:
+            return (f"memory for KV records is full: the {self.map.places} places behind port {port} are taken at position "
+                    f"{self.position}, so tokens skip less attention than this program provides for; compile with a larger "
+                    f"--kv-share, or begin anew ({at})")
+        if cause == FaultCause.KV_POINTER:
+            return (f"the pointer of a KV record behind port {port} is damaged, or of no record of this sequence; nothing "
+                    f"was read through it: reset the device and begin anew ({at})")
+        return f"the accelerator stopped with {at}; reset it before the next run"
 
     @property
     def decisions(self) -> np.ndarray | None:

@@ -28,12 +28,15 @@ class FaultyDevice(FunctionalDevice):
         def observe(at, item, values, writes):
             if at == pc and self.machine.registers[Register.POSITION] >= position:
                 for write in writes:
-                    self._flip(write)
+                    self._flip(write, values)
         self.machine.observer = observe
 
-    def _flip(self, write):
+    def _flip(self, write, values):
         if write.buffer == "memory":
-            self.memories[0].reshape(-1, self.config.port_bits // 8)[write.rows[0], 3] ^= 1
+            row = write.rows[0]
+            if values.get("reuse"):  # the record written last on port 0
+                row = values["imm"] + (self.machine.kv.following[0] - 1) * values["record"]
+            self.memories[0].reshape(-1, self.config.port_bits // 8)[row, 3] ^= 1
             self.machine.invalidate()
         elif write.buffer == "routes":
             self.machine.routes = {layer: (words[0], words[1] ^ 1) for layer, words in self.machine.routes.items()}
