@@ -122,11 +122,12 @@ class KvMemory:
         config = self.config
         ports = config.ports
         if first + count > config.history_tokens or layer >= config.history_layers:
-            fail(FaultCause.BUFFER_RANGE, f"pointers of layer {layer}, positions {first}..{first + count - 1}: there are "
-                                          f"{config.history_layers} layers, {config.history_tokens} positions", 0)
+            fail(FaultCause.BUFFER_RANGE, f"layer {layer} of positions {first}..{first + count - 1}: "
+                                          f"{config.history_layers} layers of {config.history_tokens} positions have "
+                                          f"pointers", 0)
         if buffer * record > config.buffer_beats or buffer > config.history_tokens // ports:
-            fail(FaultCause.BUFFER_RANGE, f"a history buffer of {buffer} records of {record} beats, it has "
-                                          f"{config.buffer_beats} beats for at most {config.history_tokens // ports}", 0)
+            fail(FaultCause.BUFFER_RANGE, f"{buffer} records of {record} beats; the history buffer has "
+                                          f"{config.buffer_beats} beats, tags for {config.history_tokens // ports}", 0)
         if (buffer, record) != self._setting:
             self.tags.clear()
             self._setting = buffer, record

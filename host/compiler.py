@@ -47,7 +47,7 @@ _R = Resource
 
 
 def compile_model(model: Model, config: OverlayConfig, context: int | None = None, routers: Routers | None = None,
-                  check: bool = True, fused: bool = True, kv: KvSizes = KvSizes()) -> Compiled:
+                  check: bool = True, fused: bool = True, kv: KvSizes | None = None) -> Compiled:
     """Compile ``model`` for ``config``, with room for ``context`` positions (by default at most 2048).
 
     routers : linear ones for this model, with which every token decides what it skips; `lora.merged` before, if they
@@ -55,7 +55,7 @@ def compile_model(model: Model, config: OverlayConfig, context: int | None = Non
     check : walk the finished program and verify it (see `passes.check`)
     fused : False gives every reduction (sum of squares, router scores, softmax maximum and sum) and every
         normalisation a pass of its own, with the same results: what the fusion saves, for measurements
-    kv : with KV reuse, memory and history buffer of its records
+    kv : with KV reuse, memory and history buffer of its records; by default all that there is
     Raises CapacityError if the model does not fit the configuration, CompileError for an impossible context or buffer,
     RouterError for routers of another model or beyond what the overlay computes.
     """

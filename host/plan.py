@@ -231,7 +231,7 @@ def _largest(config: OverlayConfig, model: ModelConfig, context: int, kv: str, s
 
 
 def make_plan(config: OverlayConfig, model: ModelConfig, context: int | None = None, kv: str = "",
-              sizes: KvSizes = KvSizes()) -> Plan:
+              sizes: KvSizes | None = None) -> Plan:
     """The plan with the longest chunk that fits the configuration.
 
     context : positions to provide for, 1..model.context; by default the model's, but at most 2048, and with KV reuse at
@@ -245,12 +245,13 @@ def make_plan(config: OverlayConfig, model: ModelConfig, context: int | None = N
         context = min(model.context, DEFAULT_CONTEXT, config.history_tokens if kv == "reuse" else DEFAULT_CONTEXT)
     if not 1 <= context <= model.context:
         raise CompileError(f"context must be 1..{model.context} positions for model {model.name}, not {context}")
+    sizes = sizes or KvSizes()
     if not 0 <= sizes.share <= 1:
         raise CompileError(f"the share of KV records that memory holds must be 0..1, not {sizes.share:g}")
     capacity = config.buffer_beats * config.superbeat_bytes
     if sizes.buffer is not None and not 0 <= sizes.buffer <= capacity:
-        raise CompileError(f"the history buffer of configuration {config.name} has {capacity} bytes; ask for 0..{capacity}, "
-                           f"not {sizes.buffer}")
+        raise CompileError(f"the history buffer of configuration {config.name} has {capacity} bytes; ask for "
+                           f"0..{capacity}, not {sizes.buffer}")
     plan = _largest(config, model, context, kv, sizes)
     short = _shortage(plan)
     if short is None:

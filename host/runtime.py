@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-
 from skipopu.hw.registers import FaultCause
 
 from .compiled import Compiled
@@ -144,12 +143,12 @@ class Accelerator(Generator):
         """A fault in one line."""
         at = f"{cause.name} (port {port}) at {self.compiled.program.describe(pc)}"
         if cause == FaultCause.KV_FULL:
-            return (f"memory for KV records is full: the {self.map.places} places behind port {port} are taken at position "
-                    f"{self.position}, so tokens skip less attention than this program provides for; compile with a larger "
-                    f"--kv-share, or begin anew ({at})")
+            return (f"memory for KV records is full: all {self.map.places} places behind port {port} are taken, in the "
+                    f"run at position {self.position}; tokens skip less attention than the program provides for: compile "
+                    f"it with a larger --kv-share, or begin anew ({at})")
         if cause == FaultCause.KV_POINTER:
-            return (f"the pointer of a KV record behind port {port} is damaged, or of no record of this sequence; nothing "
-                    f"was read through it: reset the device and begin anew ({at})")
+            return (f"the pointer of a KV record behind port {port} is damaged, or names no record of this sequence; "
+                    f"nothing was read through it: reset the device and begin anew ({at})")
         return f"the accelerator stopped with {at}; reset it before the next run"
 
     @property

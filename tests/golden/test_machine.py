@@ -252,7 +252,7 @@ MATMUL = {"mode": MatmulMode.W4, "heads": 1, "groups": 1, "rows": 1, "n_tiles": 
     ([encode("loadw", imm=SIZE - 3, count=4)], FaultCause.MEMORY_RANGE, 0, "8189..8192"),
     ([encode("loadw", imm=-1, count=4)], FaultCause.MEMORY_RANGE, 0, "memory has 8192"),
     ([encode("loada", imm=SIZE, rows=1, count=1)], FaultCause.MEMORY_RANGE, 0, "8192"),
-    ([encode("loadkv", imm=SIZE - 1, heads=1, head_beats=2, record=4)], FaultCause.MEMORY_RANGE, 0, "8191"),
+    ([encode("loadkv", imm=SIZE - 1, rows=1, heads=1, head_beats=2, record=4)], FaultCause.MEMORY_RANGE, 0, "8191"),
     ([encode("storekv", imm=SIZE, rows=1, x=1, record=4)], FaultCause.MEMORY_RANGE, 0, "8192"),
     ([encode("storel", imm=SIZE, rows=1, count=1)], FaultCause.MEMORY_RANGE, 0, "8192"),
     ([encode("loada", imm=ROWS, rows=2, x=4000, count=1, beats=1, dst_stride=96)], FaultCause.BUFFER_RANGE, 0, "abuf"),

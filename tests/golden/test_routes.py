@@ -1,4 +1,4 @@
-"""Routing on the functional machine: row lists, scores, dropped instructions, the history of KV records."""
+"""Routing on the functional machine: row lists, scores, dropped instructions."""
 
 from fractions import Fraction
 
@@ -101,7 +101,7 @@ def test_a_branch_is_predicated_as_a_scalar_is(mask, want):
 def test_dropped_instructions_have_no_effect_and_count():
     bench, words, _ = results(1)
     put(bench, 0, np.ones(4 * N))
-    before = bench.machine.snapshot(["abuf", "mbuf", "sumsq", "kvout", "history"])
+    before = bench.machine.snapshot(["abuf", "mbuf", "sumsq", "kvout"])
     memory, seen = bench.image[:, 16 * 32 :].copy(), []  # behind the program
     bench.machine.observer = lambda pc, item, fields, writes: seen.append((pc, writes))
     work = listed([*words, encode("vadd", table=50, **ROW), encode("loada", imm=0, rows=1, count=2, beats=1),
@@ -356,108 +356,11 @@ def test_a_prefetch_is_used_or_dropped(attention):
     np.testing.assert_array_equal(got, y.astype(np.float16) * np.array([[0], [attention > 0]], np.float16))
 
 
-# ---- history of KV records
-
-STRIDE = 2 * TILE // CONFIG.ports * RECORD  #: superbeats of a layer: room for two tiles
-STORE = {"imm": KV, "record": RECORD, "x_reg": 1, "rows_reg": 2}
-
-
-def test_storekv_notes_the_layers_of_its_rows():
-    bench = Bench()
-    history = bench.machine.history
-
-    def store(layer, mask, position=6):
-        bench.run(encode("route", rows=4), encode("storekv", imm=KV, record=4, rows=4, x=position, layer=layer,
-                                                  list=RowList.ATTENTION), HALT, forced=[mask, 0])
-        return [np.flatnonzero(row).tolist() for row in history[6:10]]
-
-    assert store(2, 0b1001) == [[2], [], [], [2]]
-    assert store(63, 0b0011) == [[2, 63], [63], [], [2]]
-    assert store(2, 0b1000) == [[2, 63], [63], [], [2]]
-    assert store(0, 0b1010) == [[2, 63], [0], [], [0]]
-    assert store(1, 0b1111) == [[1, 2, 63], [0, 1], [1], [0, 1]]
-    bench.run(encode("storekv", imm=0, record=4, rows=4, x=CONFIG.history_tokens - 2, layer=5), HALT)
-    assert np.argwhere(history[10:]).tolist() == [[CONFIG.history_tokens - 12, 5], [CONFIG.history_tokens - 11, 5]]
-    kept = history.copy()
-    bench.machine.reset()  # a memory keeps its contents
-    np.testing.assert_array_equal(bench.machine.history, kept)
-
-
-def reuse_tile(bench, tile, layer):
-    """The KV tile that LOADKV with reuse loads."""
-    fields = decode(load_tile(tile))[1] | {"x": tile * TILE, "reuse": 1, "layer": layer, "layer_stride": STRIDE}
-    bench.run(encode("loadkv", **fields), HALT)
-    (found,) = bench.machine._matrix.tiles
-    bench.machine._matrix.forget_tiles()
-    return found
-
-
-def same_tile(found, records):
-    """Compare a KV tile with one loaded plainly from a machine that holds ``records`` [tokens, bytes]."""
-    bench = Bench()
-    place_records(bench.image, KV, 0, records)
-    bench.run(load_tile(0), HALT)
-    (want,) = bench.machine._matrix.tiles
-    for name in ("key", "value", "key_exponent", "value_exponent"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(want, name))
-
-
-def place_records(image, address, position, records):
-    for at, record in enumerate(records, position):
-        first = (address + at // CONFIG.ports * RECORD) * BEAT
-        image[at % CONFIG.ports, first : first + len(record)] = record
-
-
-@pytest.mark.parametrize("seed", [1, 2])
-def test_loadkv_follows_the_history_whatever_is_stored(seed):
-    """Random runs of storekv at random layers, each followed by tiles with reuse: always the records by the text."""
-    bench, rng, layers = Bench(), np.random.default_rng(seed), 3
-    memory = rng.integers(0, 60, (layers, 2 * TILE, RECORD * BEAT)).astype(np.uint8)
-    for layer in range(layers):
-        place_records(bench.image, KV + layer * STRIDE, 0, memory[layer])
-    written = [set() for _ in range(2 * TILE)]
-    for _ in range(40):
-        layer, mask, rows = int(rng.integers(layers)), int(rng.integers(1, 16)), 4
-        position = int(rng.integers(0, 2 * TILE - rows + 1))
-        fresh = rng.integers(0, 60, (rows, RECORD * BEAT)).astype(np.uint8)
-        bench.machine.kvout[: rows * RECORD] = fresh.view(np.uint16).reshape(-1, CONFIG.beat_elements)
-        bench.run(encode("route", rows=rows), encode("storekv", **STORE | {"imm": KV + layer * STRIDE}, layer=layer,
-                                                     list=RowList.MLP), HALT, args=(position, rows), forced=[0, mask])
-        for t in members(mask):
-            memory[layer, position + t] = fresh[t]
-            written[position + t] = ({0} if layer == 0 else written[position + t] | {layer})
-        for layer in rng.integers(0, layers, 2).tolist():
-            tile = int(rng.integers(2))
-            last = [max((done for done in written[q] if done <= layer), default=0)
-                    for q in range(tile * TILE, tile * TILE + TILE)]
-            same_tile(reuse_tile(bench, tile, layer), memory[last, np.arange(tile * TILE, tile * TILE + TILE)])
-    assert bench.machine.counters["kv_read"] == TILE * RECORD * BEAT
-
-
-def test_tiles_with_reuse_are_kept_until_one_of_their_records_changes():
-    bench = Bench()
-    bench.machine.history[3, 2] = bench.machine.history[5, 1] = True
-    first = reuse_tile(bench, 0, 2)
-    assert reuse_tile(bench, 0, 2) is first
-    assert reuse_tile(bench, 0, 1) is not first
-    for layer, kept in ((3, True), (2, False), (1, False), (0, False)):
-        found = reuse_tile(bench, 0, 2)
-        bench.machine.invalidate((KV + layer * STRIDE) * BEAT, STRIDE * BEAT)
-        assert (reuse_tile(bench, 0, 2) is found) == kept
-    bench.machine.history[3, 2] = False
-    assert reuse_tile(bench, 0, 2) is not found
-
-
 # ---- faults, undefined programs, registers
-
-
-REUSE = {"imm": KV, "heads": 2, "head_beats": 2, "record": 8, "reuse": 1}
 
 
 @pytest.mark.parametrize("words, cause, message", [
     ([encode("dropw", count=1)], FaultCause.WATCHDOG, "needs 1 superbeats of weights, 1 are missing"),
-    ([encode("loadkv", x=CONFIG.history_tokens - TILE + 2, **REUSE)], FaultCause.BUFFER_RANGE, "history of positions"),
-    ([encode("loadkv", **REUSE | {"imm": SIZE - 63})], FaultCause.MEMORY_RANGE, "memory has 8192"),
     ([encode("loada", imm=ROWS, rows=1, count=4, beats=2, x=-1)], FaultCause.BUFFER_RANGE, "routers row 32768 of 256"),
     ([encode("loada", imm=ROWS, rows=2, count=1, beats=1, dst_stride=256, x=-32768)], FaultCause.BUFFER_RANGE, "256"),
     ([encode("vnorm", route=1, x=253, **ROW)], FaultCause.BUFFER_RANGE, "routers row 260 of 256"),
@@ -470,17 +373,6 @@ def test_faults(words, cause, message):
     assert info.value.cause == cause
 
 
-def test_a_record_beyond_memory_names_its_port():
-    bench = Bench()
-    bench.machine.history[3, 1] = True
-    word = encode("loadkv", layer=1, layer_stride=SIZE, **REUSE)
-    with pytest.raises(MachineFault, match="MEMORY_RANGE") as info:
-        bench.run(word, HALT)
-    assert info.value.port == 3 % CONFIG.ports
-    bench.machine.history[3, 1] = False
-    bench.run(word, HALT)
-
-
 @pytest.mark.parametrize("words, message", [
     ([encode("addi", list=7)], "list must be a RowList, not 7"),
     ([encode("route", rows=5)], "at most 4, not 5"),
@@ -488,8 +380,6 @@ def test_a_record_beyond_memory_names_its_port():
     ([encode("matmul", rows=5, heads=1, groups=1, n_tiles=1, k_tiles=1, beats=4)], "matmul: rows must be at least 1"),
     ([encode("storekv", rows=0, record=4)], "storekv: rows must be at least 1"),
     ([encode("route", rows=4), encode("vnorm", list=RowList.MLP, **ROW)], "none of the 2 rows is in the list MLP"),
-    ([encode("loadkv", x=-2, **REUSE)], "position must be a multiple of 2 ports, not -2"),
-    ([encode("loadkv", x=3, **REUSE)], "position must be a multiple of 2 ports, not 3"),
     ([encode("vnorm", route=1, x=-1, **ROW)], "first row of the routers must not be negative"),
 ])
 def test_undefined_programs_are_refused(words, message):
@@ -505,7 +395,8 @@ def test_too_many_forced_words_are_refused():
 def test_registers_force_routes_and_report_them():
     device = FunctionalDevice(CONFIG, SIZE * BEAT)
     weights = encode("loadw", imm=0, count=3), encode("dropw", count=3)
-    words = [encode("route", rows=3, layer=63), encode("loadkv", list=RowList.MLP, **REUSE | {"reuse": 0}),
+    words = [encode("route", rows=3, layer=63),
+             encode("loadkv", imm=KV, heads=2, head_beats=2, record=8, rows=7, list=RowList.MLP),
              encode("storekv", imm=KV, rows=3, record=8, list=RowList.MLP),
              *listed(weights, RowList.NO_ATTENTION), HALT]
     program = np.frombuffer(b"".join(word.to_bytes(32, "little") for word in words), np.uint8)
@@ -519,8 +410,8 @@ def test_registers_force_routes_and_report_them():
     assert [read_register(device, "ROUTES", index) for index in (126, 127)] == [0, 6]
     counters = device.counters()
     assert counters == dict.fromkeys(counters, 0) | {
-        "instructions": 6, "weights_read": 3, "kv_read": TILE // CONFIG.ports * 8, "kv_written": 2 * 8,
-        "bytes_read": (3 * CONFIG.superbeat_bytes + TILE * 8 * BEAT), "bytes_written": 2 * 8 * BEAT}
+        "instructions": 6, "weights_read": 3, "kv_read": 8 * 8, "kv_written": 2 * 8,
+        "bytes_read": (3 * CONFIG.superbeat_bytes + 8 * 8 * BEAT), "bytes_written": 2 * 8 * BEAT}
     write_register(device, "ROUTE_FORCE", 0)
     device.start()
     assert [read_register(device, "ROUTES", index) for index in (126, 127)] == [7, 7]
