@@ -20,13 +20,13 @@ from skipopu.hw.isa import (
     ROUTER_ROWS_AT,
     Condition,
     Destination,
-    MatmulMode,
     Register,
     Resource,
     RowList,
     RowScale,
 )
 
+from .attention import AttentionTiles
 from .compiled import Compiled, ImageMap
 from .errors import RouterError
 from .image import ImageBuilder, WeightStream
@@ -40,9 +40,7 @@ from .routers import Routers
 
 __all__ = ["Placement", "compile_model", "emit_program"]
 
-_TILES, _INDEX, _LIMIT, _OFFSET, _TOKEN, _FIRST, _TILE = (
-    Register.T0, Register.T1, Register.T2, Register.T3, Register.T4, Register.T5, Register.T6)
-_LEFT = _TOKEN  # tokens are read at the start only
+_INDEX, _LIMIT, _OFFSET, _TOKEN = Register.T1, Register.T2, Register.T3, Register.T4
 _R = Resource
 
 
@@ -107,6 +105,7 @@ class _Emitter:
                                         (RowList.ATTENTION, RowList.MLP))
         self.build = Builder()
         self.on_chip = plan.addresses()
+        self.tiles = AttentionTiles(plan, self.build, fused)
 
     def run(self) -> Program:
         self._prologue()
@@ -121,11 +120,7 @@ class _Emitter:
         settings = self.model
         self.build.at(-1, "setup")
         emit("vset", imm=fp32_bits(1 / settings.hidden), eps=fp32_bits(settings.rms_eps))
-        tile = self.config.tile_tokens
-        emit("add", rd=_TILES, imm_reg=Register.POSITION, rows_reg=Register.TOKENS)
-        emit("addi", rd=_TILES, imm_reg=_TILES, imm=tile - 1)
-        emit("shri", rd=_TILES, imm_reg=_TILES, rows=tile.bit_length() - 1)
-        emit("addi", rd=_TILE, imm=tile)
+        self.tiles.count()
         self.build.at(-1, "embedding", "embedding")
         address, row, token = _OFFSET, _LIMIT, _TOKEN
         count = row_superbeats(self.config, plan.hidden)
@@ -230,7 +225,8 @@ class _Emitter:
         emit("vrope", reads=_R.ROPE, writes=_R.MQ, imm=vector_imm(0, self._beat("mq")),
              **self._rows(plan.q_width) | {"vector": head}, table=on_chip["rope"], table_stride=4 * head, wrap=head,
              scale=RowScale.RSQRT, dest=Destination.MBUF)
-        self._attention_tiles(layer)
+        self.build.at(layer, "attention", f"kv.{layer}", self.attending)
+        self.tiles.emit(layer, self._records(layer))
         self.build.at(layer, "attention", name + "o", self.attending)
         emit("vscale", reads=_R.OUT, writes=_R.MO, imm=vector_imm(on_chip["out"], self._beat("mo")),
              **self._rows(plan.q_width), wrap=head, scale=RowScale.RECIPROCAL)
@@ -297,48 +293,6 @@ class _Emitter:
                         imm=vector_imm(0, "kv".index(tensor) * kvout // 2),
                         **self._rows(plan.kv_width) | {"row_stride": kvout, "vector": head}, **rotation,
                         scale=RowScale.RSQRT, dest=Destination.KVOUT)
-
-    def _attention_tiles(self, layer: int) -> None:
-        """Online softmax over the KV tiles 0 .. ceil((POSITION + TOKENS) / tile) - 1."""
-        plan, emit, on_chip, config = self.plan, self.build.emit, self.on_chip, self.config
-        heads = {"rows_reg": Register.TOKENS, "heads": self.model.kv_heads, "groups": plan.groups}
-        tile, lanes = plan.beats(config.tile_tokens), plan.rows(config.tile_tokens)
-        head, head_rows, out = plan.beats(plan.head_dim), plan.rows(plan.head_dim), plan.beats(plan.q_width)
-        score = heads | {"beats": tile, "row_stride": tile, "group_stride": plan.chunk * tile,
-                         "head_stride": plan.groups * plan.chunk * tile, "vector": tile}
-        final = layer == self.model.layers - 1
-        reuse = self.plan.kv == "reuse"
-        where = ({"reuse": 1, "layer": layer, "final": final, "buffer": plan.buffer, "x_reg": _FIRST} if reuse else
-                 {"imm_reg": _OFFSET})
-        self.build.at(layer, "attention", f"kv.{layer}", self.attending)
-        emit("vinit")
-        emit("addi", rd=_INDEX)
-        emit("addi", rd=_LIMIT, imm_reg=Register.POSITION)
-        emit("addi", rd=_FIRST if reuse else _OFFSET)
-        loop = emit("add", rd=_LEFT, imm_reg=_LIMIT, rows_reg=Register.TOKENS)
-        emit("min", rd=_LEFT, imm_reg=_LEFT, rows_reg=_TILE)
-        emit("loadkv", reads=_R.KVMEM, imm=self._records(layer), rows_reg=_LEFT,
-             heads=self.model.kv_heads, head_beats=plan.head_dim // config.beat_elements, record=plan.record,
-             **where)
-        emit("matmul", reads=_R.MQ, x=on_chip["mq"], mode=MatmulMode.QK, **heads,
-             n_tiles=config.tile_tokens // config.columns, k_tiles=head_rows, row_stride=plan.rows(plan.q_width),
-             group_stride=head_rows, head_stride=plan.groups * head_rows, beats=tile)
-        emit("vscore", writes=_R.SCORES, imm=vector_imm(on_chip["scores"], 0), x_reg=_LIMIT, **score)
-        for _ in range(0 if self.fused else 2):  # the maximum, the sum
-            emit("vscale", reads=_R.SCORES, writes=_R.MP, imm=vector_imm(on_chip["scores"], self._beat("mp")), **score)
-        emit("vprob", reads=_R.SCORES, writes=_R.MP, imm=vector_imm(on_chip["scores"], self._beat("mp")), **score)
-        emit("matmul", reads=_R.MP, x=on_chip["mp"], mode=MatmulMode.PV, **heads,
-             n_tiles=ceil_div(plan.head_dim, config.columns), k_tiles=lanes, row_stride=lanes,
-             group_stride=plan.chunk * lanes, head_stride=plan.groups * plan.chunk * lanes, beats=head)
-        emit("vmerge", reads=_R.OUT, writes=_R.OUT, imm=vector_imm(on_chip["out"], 0), **heads, beats=head,
-             row_stride=out, group_stride=head, head_stride=plan.groups * head, vector=head)
-        emit("addi", rd=_INDEX, imm_reg=_INDEX, imm=1)
-        emit("addi", rd=_LIMIT, imm_reg=_LIMIT, imm=-config.tile_tokens)
-        if reuse:
-            emit("addi", rd=_FIRST, imm_reg=_FIRST, imm=config.tile_tokens)
-        else:
-            emit("addi", rd=_OFFSET, imm_reg=_OFFSET, imm=plan.tile_superbeats)
-        emit("branch", rows_reg=_INDEX, x_reg=_TILES, condition=Condition.LT, imm=loop)
 
     def _mlp(self, layer: int) -> None:
         plan = self.plan

@@ -144,8 +144,8 @@ class Accelerator(Generator):
         at = f"{cause.name} (port {port}) at {self.compiled.program.describe(pc)}"
         if cause == FaultCause.KV_FULL:
             return (f"memory for KV records is full: all {self.map.places} places behind port {port} are taken, in the "
-                    f"run at position {self.position}; tokens skip less attention than the program provides for: compile "
-                    f"it with a larger --kv-share, or begin anew ({at})")
+                    f"run at position {self.position}; tokens skip less attention than the program provides for: "
+                    f"compile it with a larger --kv-share, or begin anew ({at})")
         if cause == FaultCause.KV_POINTER:
             return (f"the pointer of a KV record behind port {port} is damaged, or names no record of this sequence; "
                     f"nothing was read through it: reset the device and begin anew ({at})")
