@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from skipopu.hw.config import PRESETS, preset
 
-from . import board_commands
+from . import bench_command, board_commands
 from .bitstream_command import bitstream
 from .console import note, print_json, progress, whole_file
 from .performance import command as performance_commands
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .compiled import Compiled
     from .generation import Generator
     from .model import Model
+    from .plan import KvSizes
     from .routers import Routers
     from .routes import Force
     from .runtime import Accelerator
@@ -37,6 +38,7 @@ for _command in (train, tune, board_commands.export, board_commands.devices, boa
                  performance_commands.explore, performance_commands.fit,
                  performance_commands.profile):
     app.command()(_command)
+app.add_typer(bench_command.app)
 
 ModelOption = Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hugging Face folder, bundle, or a name "
                                                                 "that `skipopu models` lists.")]
@@ -59,6 +61,12 @@ KvOption = Annotated[str | None, typer.Option("--kv", help="Keys and values of t
 ForceOption = Annotated[float | None, typer.Option("--force-skip", metavar="RATE", help="Skip this share of the "
                                                    "modules at random in place of the routers' decisions, 0..1.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of the random numbers.")]
+BufferOption = Annotated[int | None, typer.Option("--buffer", metavar="BYTES", help="On-chip history buffer for KV "
+                                                  "records that later layers reuse. Default: all there is.")]
+ShareOption = Annotated[float | None, typer.Option("--kv-share", metavar="SHARE", help="With KV reuse, provide memory "
+                                                   "for this part of all (layer, token) pairs, 0..1. Default: 1.")]
+MemoryOption = Annotated[str | None, typer.Option("--memory", help="Timing of simulated memory: ideal or hbm. Default: "
+                                                                   "ideal.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
@@ -73,7 +81,8 @@ def generate(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Tok
              top_p: Annotated[float | None, typer.Option("--top-p", help="Sample from the likeliest that reach this "
                                                                          "probability.")] = None,
              routers: RoutersOption = None, kv: KvOption = None, force_skip: ForceOption = None,
-             seed: SeedOption = 0, as_json: JsonOption = False) -> None:
+             seed: SeedOption = 0, buffer: BufferOption = None, kv_share: ShareOption = None,
+             memory: MemoryOption = None, as_json: JsonOption = False) -> None:
     """Continue a prompt; text on stdout as it comes, timings on stderr."""
     from .report import LABELS, Timing, memory_report, skip_report, summary_lines
     from .session import Routing, check_device, route_source
@@ -84,7 +93,7 @@ def generate(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Tok
     tokens = encode(source, *its_prompt, chat)
     sampling = _sampling(temp, top_k, top_p, seed)
     routed = route_source(source, Routing(routers=routers, kv=kv, force_skip=force_skip, seed=seed))
-    generator = _open_generator(device, config, context, *routed)
+    generator = _open_generator(device, config, context, *routed, _sizes(buffer, kv_share), memory)
     decoder = source.tokenizer.stream() if source.tokenizer else None
     text: list[str] = []
 
@@ -124,8 +133,8 @@ def compare(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Toke
             devices: Annotated[str, typer.Option("--devices", help="Which is right, and which is tested.")]
             = "functional,rtl",
             config: ConfigOption = None, context: ContextOption = None, routers: RoutersOption = None,
-            kv: KvOption = None, force_skip: ForceOption = None, seed: SeedOption = 0,
-            as_json: JsonOption = False) -> None:
+            kv: KvOption = None, force_skip: ForceOption = None, seed: SeedOption = 0, buffer: BufferOption = None,
+            kv_share: ShareOption = None, as_json: JsonOption = False) -> None:
     """Run two devices side by side; name the first instruction whose result differs, and exit with 1."""
     from .compare import compare as run
     from .report import MEMORY, memory_report, skip_report
@@ -137,7 +146,7 @@ def compare(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Toke
     tokens = encode(source, *its_prompt, chat)
     model_of, its_routers, force = route_source(source, Routing(routers=routers, kv=kv, force_skip=force_skip,
                                                                seed=seed))
-    compiled = _compile(model_of, config, context, its_routers)
+    compiled = _compile(model_of, config, context, its_routers, _sizes(buffer, kv_share))
     first, second = (_open_device(name, compiled, force) for name in names)
     total = len(tokens) + count - 1
     with progress("comparing", total) as update:
@@ -270,7 +279,8 @@ def routes(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Token
 def compile_command(model: ModelOption,
                     output: Annotated[str, typer.Option("-o", "--output", help="Bundle to write.")],
                     config: ConfigOption = None, context: ContextOption = None, routers: RoutersOption = None,
-                    kv: KvOption = None, as_json: JsonOption = False) -> None:
+                    kv: KvOption = None, buffer: BufferOption = None, kv_share: ShareOption = None,
+                    as_json: JsonOption = False) -> None:
     """Compile a model into one bundle file for a configuration."""
     from .bundle import save_bundle
     from .compiled import Compiled
@@ -280,7 +290,7 @@ def compile_command(model: ModelOption,
     if isinstance(source, Compiled):
         raise RequestError(f"{model} is already compiled, for configuration {source.config.name}")
     model_of, its_routers, _ = route_source(source, Routing(routers=routers, kv=kv))
-    compiled = _compile(model_of, config, context, its_routers)
+    compiled = _compile(model_of, config, context, its_routers, _sizes(buffer, kv_share))
     with whole_file(output) as partial, progress(f"writing {output}"):
         save_bundle(partial, compiled)
         size = partial.stat().st_size
@@ -380,23 +390,32 @@ def _open(model: str) -> Model | Compiled:
         return open_source(model)
 
 
-def _compile(source: Model | Compiled, config: str | None, context: int | None, routers: Routers | None) -> Compiled:
+def _sizes(buffer: int | None, share: float | None) -> KvSizes | None:
+    """What was asked for KV records; None for nothing."""
+    from .plan import KvSizes
+    return None if buffer is None and share is None else KvSizes(buffer=buffer, share=1.0 if share is None else share)
+
+
+def _compile(source: Model | Compiled, config: str | None, context: int | None, routers: Routers | None,
+             sizes: KvSizes | None = None) -> Compiled:
     from .session import compile_source
     with progress("compiling"):
-        return compile_source(source, config, context, routers)
+        return compile_source(source, config, context, routers, sizes)
 
 
-def _open_device(name: str, compiled: Compiled, force: Force | None) -> Accelerator:
+def _open_device(name: str, compiled: Compiled, force: Force | None, memory: str | None = None) -> Accelerator:
     from .session import open_accelerator
     with progress(f"opening {name}") as update:
-        return open_accelerator(name, compiled, lambda line: update(None, f"opening {name}: {line[:80]}"), force)
+        return open_accelerator(name, compiled, lambda line: update(None, f"opening {name}: {line[:80]}"), force,
+                                memory)
 
 
 def _open_generator(device: str, config: str | None, context: int | None, source: Model | Compiled,
-                    routers: Routers | None, force: Force | None) -> Generator:
+                    routers: Routers | None, force: Force | None, sizes: KvSizes | None = None,
+                    memory: str | None = None) -> Generator:
     from .session import REFERENCE, ReferenceGenerator
     if device != REFERENCE:
-        return _open_device(device, _compile(source, config, context, routers), force)
+        return _open_device(device, _compile(source, config, context, routers, sizes), force, memory)
     from .errors import RequestError
     from .model import Model
     if not isinstance(source, Model):

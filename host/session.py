@@ -21,6 +21,7 @@ from .generation import Generator
 from .load import load_model
 from .lora import merged
 from .model import Model
+from .plan import KvSizes
 from .routers import Routers, check_kv, find_routers
 from .routes import Force, RandomRoutes, always_executing
 from .runtime import Accelerator
@@ -81,15 +82,18 @@ def route_source(source: Model | Compiled, asked: Routing) -> tuple[Model | Comp
 
 
 def compile_source(source: Model | Compiled, config: str | None = None, context: int | None = None,
-                   routers: Routers | None = None) -> Compiled:
+                   routers: Routers | None = None, kv: KvSizes | None = None) -> Compiled:
     """The compiled model: a Model is compiled for ``config`` (by default `sim`), a bundle must have been.
 
+    kv : sizes for KV records, not for a bundle, which has its own
     Raises ConfigError for an unknown configuration, BundleError for a bundle of another configuration or context,
     CompileError if the model does not fit, RouterError for routers that the overlay cannot run.
     """
     chosen: OverlayConfig | None = None if config is None else preset(config)
     if isinstance(source, Model):
-        return compile_model(source, chosen or preset(DEFAULT_CONFIG), context, routers)
+        return compile_model(source, chosen or preset(DEFAULT_CONFIG), context, routers, kv=kv)
+    if kv is not None:
+        raise BundleError("a bundle is made with its KV memory; give --buffer and --kv-share to compile")
     if chosen is not None and chosen.config_hash != source.config.config_hash:
         raise BundleError(f"the bundle is made for configuration {source.config.name} "
                           f"({source.config.config_hash:#010x}), not {chosen.name} ({chosen.config_hash:#010x}); "
@@ -150,26 +154,32 @@ def check_device(name: str) -> None:
 
 
 def open_accelerator(name: str, compiled: Compiled, log: Callable[[str], None] | None = None,
-                     force: Force | None = None, **options: Any) -> Accelerator:
+                     force: Force | None = None, memory: str | None = None, **options: Any) -> Accelerator:
     """``compiled`` loaded on a newly opened device of that name.
 
     log : is told of steps that take long, where the device has such; options : of the device
-    force : takes the place of the routers' decisions
+    force : takes the place of the routers' decisions; memory : timing of simulated memory, "ideal" or "hbm"
+    Raises DeviceError also for a memory where the device has none to choose.
     """
     beat_bytes = compiled.config.port_bits // 8
-    options = device_options(name, log) | options
+    options = device_options(name, log, memory) | options
     return Accelerator(open_device(name, compiled.config, compiled.map.memory * beat_bytes, **options), compiled,
                        force=force)
 
 
-def device_options(name: str, log: Callable[[str], None] | None) -> dict[str, Any]:
-    """``log`` as an option of the device of that name, if its constructor takes one; nothing for an unknown device."""
+def device_options(name: str, log: Callable[[str], None] | None, memory: str | None = None) -> dict[str, Any]:
+    """``log`` and ``memory`` as options of the device of that name; nothing for an unknown device.
+
+    Raises DeviceError for a memory if the device's constructor takes none; a log is left out then.
+    """
     module, _, kind = DEVICES.get(name, "").partition(":")
     try:
         taken = inspect.signature(getattr(import_module(module), kind)).parameters if module else {}
     except ImportError:
         taken = {}
-    return {"log": log} if log is not None and "log" in taken else {}
+    if module and taken and memory is not None and "memory" not in taken:
+        raise DeviceError(f"device {name} has no memory timing to choose; --memory is for simulated hardware, like rtl")
+    return {key: value for key, value in (("log", log), ("memory", memory)) if value is not None and key in taken}
 
 
 class ReferenceGenerator(Generator):

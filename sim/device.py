@@ -12,9 +12,12 @@ from skipopu.hw.config import OverlayConfig
 from skipopu.hw.registers import Control, Status
 
 from .cache import cached_text, hardware_digest
+from .hbm import HbmTiming
 from .native import CsrError, MemoryTiming, NativeSim, ProtocolError, StopReason
 
-__all__ = ["RtlDevice", "cached_verilog"]
+__all__ = ["MEMORIES", "RtlDevice", "cached_verilog"]
+
+MEMORIES = {"ideal": MemoryTiming(), "hbm": MemoryTiming(hbm=HbmTiming())}
 
 
 def cached_verilog(config: OverlayConfig, log: Callable[[str], None] | None = None) -> str:
@@ -35,18 +38,23 @@ class RtlDevice(Device):
     """The overlay's RTL under Verilator. Counters of cycles are simulated cycles.
 
     sim : the simulation itself, for injected faults, waveforms and statistics of the memories
-    timing : of every memory port; trace : build with waveforms; log : called with the lines of a build
+    timing : of every memory port; memory : in its place, "ideal" for the default timing or "hbm" for an HBM2
+        pseudo-channel behind every port; trace : build with waveforms; log : called with the lines of a build
     verilog : text to run instead of this configuration's own
+    Raises DeviceError for another kind of memory.
     """
 
     def __init__(self, config: OverlayConfig, memory_bytes: int, *, timing: MemoryTiming | None = None,
-                 trace: bool = False, log: Callable[[str], None] | None = None, verilog: str | None = None) -> None:
+                 memory: str = "ideal", trace: bool = False, log: Callable[[str], None] | None = None,
+                 verilog: str | None = None) -> None:
+        if memory not in MEMORIES:
+            raise DeviceError(f"memory must be {' or '.join(MEMORIES)}, not {memory!r}")
         self.config = config
         unit = 256  # a line of the instruction cache: the last one is fetched whole
         self.memory_bytes = -(-memory_bytes // unit) * unit
         self.memories = [np.zeros(self.memory_bytes, np.uint8) for _ in range(config.ports)]
         self.sim = NativeSim(verilog or cached_verilog(config, log), config.ports, config.port_bits,
-                             memories=self.memories, timing=timing or MemoryTiming(), trace=trace, log=log)
+                             memories=self.memories, timing=timing or MEMORIES[memory], trace=trace, log=log)
         self.reset()
 
     def csr_read(self, offset: int) -> int:
