@@ -23,7 +23,7 @@ _INNER_LIMIT = (1 << 16) - 1  # inner size of a matmul for which 48 accumulator 
 _FIELDS = {item.mnemonic: item.fields for item in INSTRUCTIONS}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class KvSizes:
     """What a program with KV reuse may spend on its records; without reuse nothing is asked for.
 

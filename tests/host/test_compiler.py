@@ -15,7 +15,7 @@ from skipopu.host.passes.check import CheckError, check_program, corner_argument
 from skipopu.host.passes.routers import router_biases, router_rows
 from skipopu.host.passes.walk import Arguments, walk
 from skipopu.host.passes.weights import Padding, lower_linear, same_kind
-from skipopu.host.plan import make_plan
+from skipopu.host.plan import KvSizes, make_plan
 from skipopu.host.program import Program
 from skipopu.host.quantise import quantise
 from skipopu.host.routers import Routers
@@ -154,6 +154,7 @@ def test_routers_that_the_overlay_cannot_run(changed, message):
     ({"hidden": 1024, "layers": 1, "vocab": 8}, "dense", 16, "router_rows .* must be at least 512 but is 256"),
     ({"layers": 65, "hidden": 32, "mlp": 32, "head_dim": 8}, "dense", 16, "layers of a routed model must be .* 65"),
     ({"context": 512}, "reuse", 512, "history_tokens .* must be at least 512 but is 256; use .* sim or u280"),
+    ({"layers": 65, "hidden": 32, "mlp": 32, "head_dim": 8}, "reuse", 16, "layers of a routed model must be .* 65"),
 ])
 def test_capacity_of_routed_programs(geometry, kv, context, limit):
     model = random_model(1, kinds=Q8, **geometry)
@@ -165,6 +166,37 @@ def test_reuse_provides_by_default_for_what_the_history_holds():
     model = random_model(1, kinds=Q8, context=512)
     plans = {kv: make_plan(preset("tiny"), model.config, kv=kv).context for kv in ("", "dense", "reuse")}
     assert plans == {"": 512, "dense": 512, "reuse": 256}
+
+
+def test_memory_and_buffer_of_kv_records_are_sized_for_the_model_or_as_asked():
+    model, config = random_model(1, kinds=Q8, context=101), preset("tiny")  # records of 16 beats behind each of 2 ports
+    plans = {key: make_plan(config, model.config, 101, kv, sizes) for key, kv, sizes in (
+        ("none", "reuse", None), ("all", "reuse", KvSizes(buffer=None)), ("less", "reuse", KvSizes(0.61, 2 * 8 * 40)),
+        ("least", "reuse", KvSizes(0.0)), ("dense", "dense", KvSizes(0.5, buffer=100)))}
+    assert {key: (plan.record, plan.places, plan.buffer) for key, plan in plans.items()} == {
+        "none": (16, 51 * 2, 0), "all": (16, 51 * 2, 256 // 16), "less": (16, 63, 2), "least": (16, 51, 0),
+        "dense": (16, 0, 0)}
+    compiled = compile_model(model, config, 101, make_routers(model, "reuse"), kv=KvSizes(0.61, 2 * 8 * 40))
+    assert compiled.map.regions["kv"][1] == 63 * 16 and (compiled.map.places, compiled.map.buffer) == (63, 2)
+    assert compiled.summary()["bytes"]["kv"] == 63 * 16 * config.superbeat_bytes
+
+
+@pytest.mark.parametrize(("sizes", "message"), [
+    ({"buffer": 4097}, "the history buffer of configuration tiny has 4096 bytes; ask for 0..4096, not 4097"),
+    ({"buffer": -1}, "has 4096 bytes; ask for 0..4096, not -1"),
+    ({"share": 1.5}, "the share of KV records that memory holds must be 0..1, not 1.5"),
+    ({"share": -0.1}, "must be 0..1, not -0.1"),
+])
+def test_impossible_sizes_of_kv_memory(sizes, message):
+    with pytest.raises(CompileError, match=message):
+        make_plan(preset("tiny"), random_model(1).config, kv="reuse", sizes=KvSizes(**sizes))
+
+
+def test_more_records_than_pointers_can_name():
+    model = random_model(1, kinds=Q8, layers=64, hidden=32, mlp=32, head_dim=8, context=8192)
+    with pytest.raises(CapacityError, match=r"storekv.places .* must be at least 65536 but is 65535"):
+        make_plan(preset("sim"), model.config, 8192, "reuse")
+    assert make_plan(preset("sim"), model.config, 8192, "reuse", KvSizes(share=0.8)).places == 52429
 
 
 # what fits
@@ -347,6 +379,31 @@ def test_checker_walks_the_corners_of_routes(routed, mnemonic, number, fields, m
     pc = last(compiled.program, mnemonic) if number < 0 else find(compiled.program, mnemonic, number)
     with pytest.raises(CheckError, match=message):
         check_program(changed(compiled.program, pc, **fields), plan, compiled.map.regions)
+
+
+@pytest.mark.parametrize(("mnemonic", "fields", "message"), [
+    ("loadkv", {"imm": 0}, "not in a region of kv"), ("loadkv", {"rows_reg": 0}, "rows must be at least 1"),
+    ("loadkv", {"x": 3}, "from a multiple of 2"), ("loadkv", {"x": 1000}, "not all among the 256 that have pointers"),
+    ("loadkv", {"buffer": 17}, "the history buffer has 256 beats, not 17 records of 16"),
+    ("storekv", {"places": 2000}, "not in a region of kv"), ("storekv", {"x": 1000}, "position 10.. .*has no pointer"),
+])
+def test_checker_follows_kv_records_with_reuse(mnemonic, fields, message):
+    model, config = random_model(3, kinds=("q4_1",)), preset("tiny")
+    compiled = compile_model(model, config, routers=make_routers(model, "reuse"))
+    plan = make_plan(config, model.config, kv="reuse")
+    program = changed(compiled.program, find(compiled.program, mnemonic, 1), **fields)
+    with pytest.raises(CheckError, match=message):
+        check_program(program, plan, compiled.map.regions)
+
+
+def test_checker_refuses_a_layer_without_pointers():
+    model, config = random_model(3, kinds=("q4_1",)), dataclasses.replace(preset("tiny"), history_layers=4)
+    compiled = compile_model(model, config, routers=make_routers(model, "reuse"))
+    plan = make_plan(config, model.config, kv="reuse")
+    for mnemonic, message in (("loadkv", "pointers have 4 layers, not 4"), ("storekv", "in layer 4 has no pointer")):
+        program = changed(compiled.program, find(compiled.program, mnemonic), layer=4)
+        with pytest.raises(CheckError, match=message):
+            check_program(program, plan, compiled.map.regions)
 
 
 @pytest.mark.parametrize(("fields", "message"), [

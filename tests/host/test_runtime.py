@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 from float_machine import FloatDevice
+from skipopu.golden.device import FunctionalDevice
 from skipopu.golden.random_model import random_model
 from skipopu.golden.reference import ReferenceModel
 from skipopu.host.compiler import compile_model
 from skipopu.host.errors import DeviceError, RequestError, RouterError
+from skipopu.host.plan import KvSizes
 from skipopu.host.routes import RandomRoutes, always_executing, routes_from_words, words_of_routes
 from skipopu.host.runtime import Accelerator
 from skipopu.host.sampling import Sampler, Sampling
@@ -138,6 +140,52 @@ def test_a_fault_names_the_instruction_and_reset_recovers(accelerator, device, c
     device.fail = None
     accelerator.reset()
     assert 0 <= accelerator.prefill(PROMPT) < 96
+
+
+@pytest.mark.parametrize(("cause", "message"), [
+    (FaultCause.KV_FULL, r"memory for KV records is full: all 13 places behind port 0 are taken, in the run at position "
+                         r"0; tokens skip less .* larger --kv-share, or begin anew \(KV_FULL \(port 0\) at .*kv.1"),
+    (FaultCause.KV_POINTER, r"the pointer of a KV record behind port 0 is damaged, or names no record of this sequence; "
+                            r"nothing was read .*: reset the device and begin anew \(KV_POINTER .*kv.1"),
+])
+def test_faults_of_kv_records_are_said_in_words(model, cause, message):
+    routed = compile_model(model, CONFIG, context=16, routers=always_executing(model, "reuse"), kv=KvSizes(share=0.8))
+    device = FloatDevice(CONFIG, routed.map.memory * CONFIG.port_bits // 8)
+    accelerator = Accelerator(device, routed)
+    device.fail = cause, next(pc for pc, note in enumerate(routed.program.notes) if note.tensor == "kv.1")
+    with pytest.raises(DeviceError, match=message):
+        accelerator.prefill(PROMPT)
+
+
+def test_memory_for_kv_records_runs_out_or_suffices(model):
+    """On the functional level: nobody skips, so that less than all of the memory is not enough, until one does."""
+    for share, rate in ((0.8, 0.0), (1.0, 0.0), (0.8, 0.4)):
+        routed = compile_model(model, CONFIG, context=16, routers=always_executing(model, "reuse"),
+                               kv=KvSizes(share=share))
+        device = FunctionalDevice(CONFIG, routed.map.memory * CONFIG.port_bits // 8)
+        accelerator = Accelerator(device, routed, force=RandomRoutes(rate, 1))
+        tokens = list(range(16))
+        if share < 1 and not rate:
+            with pytest.raises(DeviceError, match="memory for KV records is full: all 13 places behind port"):
+                accelerator.prefill(tokens)
+            accelerator.reset()
+            accelerator.prefill(tokens[:8])
+        else:
+            for _ in range(2):  # a sequence that begins has all of it again
+                accelerator.prefill(tokens)
+                accelerator.clear()
+
+
+def test_a_damaged_pointer_stops_the_run_with_one_line(model):
+    routed = compile_model(model, CONFIG, context=16, routers=always_executing(model, "reuse"))
+    device = FunctionalDevice(CONFIG, routed.map.memory * CONFIG.port_bits // 8)
+    accelerator = Accelerator(device, routed)
+    accelerator.prefill(PROMPT)
+    device.machine.kv.places[0, 1, 0] = 99  # of position 1 in layer 0
+    with pytest.raises(DeviceError, match=r"the pointer of a KV record behind port 1 is damaged.*layer 0.*loadkv"):
+        accelerator.step(3)
+    accelerator.reset()
+    accelerator.prefill(PROMPT)
 
 
 def test_forced_routes_reach_the_device_and_come_back(model):
