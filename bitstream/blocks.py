@@ -13,7 +13,8 @@ from skipopu.hw.blocks.align import BlockAlign
 from skipopu.hw.blocks.array import ColumnPair
 from skipopu.hw.blocks.compute import ComputeUnit
 from skipopu.hw.blocks.control import Control
-from skipopu.hw.blocks.kvbuf import KvBuffer, KvLargest, KvShift
+from skipopu.hw.blocks.kvbuf import KvBuffer, KvShift
+from skipopu.hw.blocks.kvintake import KvLargest
 from skipopu.hw.blocks.load import LoadUnit
 from skipopu.hw.blocks.mbuf import MantissaBuffer
 from skipopu.hw.blocks.store import StoreUnit

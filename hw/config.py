@@ -139,19 +139,20 @@ PRESETS = {
         OverlayConfig(
             name="tiny", lanes=8, columns=16, ports=2, port_bits=64, vector_lanes=4, tokens=4, acc_rows=16,
             abuf_rows=4096, mbuf_rows=2048, kvbuf_heads=64, router_rows=256, history_tokens=256,
-            history_layers=64, buffer_beats=256, kvout_rows=1024, state_rows=128, fifo_beats=64, burst_beats=16, outstanding=4, queue_depth=4,
-            cache_words=64,
+            history_layers=64, buffer_beats=256, kvout_rows=1024, state_rows=128, fifo_beats=64, burst_beats=16,
+            outstanding=4, queue_depth=4, cache_words=64,
         ),
         OverlayConfig(
             name="sim", lanes=32, columns=64, ports=8, port_bits=512, vector_lanes=16, tokens=16, acc_rows=64,
             abuf_rows=8192, mbuf_rows=4096, kvbuf_heads=16, router_rows=256, history_tokens=8192,
-            history_layers=64, buffer_beats=8192, kvout_rows=512, state_rows=512, fifo_beats=512, burst_beats=16, outstanding=16,
+            history_layers=64, buffer_beats=8192, kvout_rows=512, state_rows=512, fifo_beats=512, burst_beats=16,
+            outstanding=16,
         ),
         OverlayConfig(
             name="u280", lanes=64, columns=128, ports=32, port_bits=512, vector_lanes=32, tokens=32, acc_rows=128,
             abuf_rows=16384, mbuf_rows=16384, kvbuf_heads=64, router_rows=1024, history_tokens=8192,
-            history_layers=64, buffer_beats=8192, kvout_rows=16384, state_rows=1024, fifo_beats=512, burst_beats=16, outstanding=32, cache_words=512,
-            dsp="dsp48e2",
+            history_layers=64, buffer_beats=8192, kvout_rows=16384, state_rows=1024, fifo_beats=512, burst_beats=16,
+            outstanding=32, cache_words=512, dsp="dsp48e2",
         ),
         OverlayConfig(
             name="ulx3s", lanes=4, columns=8, ports=2, port_bits=64, vector_lanes=2, tokens=2, acc_rows=8,

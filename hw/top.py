@@ -91,21 +91,24 @@ class Overlay(wiring.Component):
         # Data.
         wiring.connect(m, load.weights, compute.weights)
         wiring.connect(m, load.abuf, vector.load)
-        wiring.connect(m, load.kv, kvbuf.write)
+        wiring.connect(m, load.tile, kvbuf.shape)
+        for p in range(config.ports):
+            wiring.connect(m, load.records[p], kvbuf.records[p])
+            wiring.connect(m, load.kv[p], kvbuf.beats[p])
+        wiring.connect(m, store.places, load.places)
         wiring.connect(m, compute.kv_request, kvbuf.request)
         wiring.connect(m, kvbuf.tile, compute.kv_tile)
         wiring.connect(m, compute.out, vector.acc)
         wiring.connect(m, vector.logits, store.logits)
         m.d.comb += [
-            kvbuf.heads.eq(load.kv_heads), kvbuf.head_beats.eq(load.kv_head_beats), kvbuf.record.eq(load.kv_record),
-            kvbuf.release.eq(compute.kv_release),
+            load.tile_done.eq(kvbuf.done), kvbuf.release.eq(compute.kv_release), store.place.eq(load.place),
             kvbuf.k_slot.eq(compute.exponent_slot), kvbuf.k_head.eq(compute.exponent_head),
             compute.exponents.eq(kvbuf.k_exponents),
             kvbuf.v_slot.eq(vector.exponent_slot), kvbuf.v_head.eq(vector.exponent_head),
             vector.exponents.eq(kvbuf.v_exponents),
             *(getattr(compute, name).eq(getattr(vector, name))
               for name in ("write_en", "write_row", "write_vector", "write_first", "write_data")),
-            store.kvout_data.eq(vector.kvout_data), load.history.eq(store.written),
+            store.kvout_data.eq(vector.kvout_data),
         ]
 
         # Counters and inspection.

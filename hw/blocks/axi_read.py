@@ -12,7 +12,7 @@ from amaranth.lib.wiring import In, Out
 
 from .axi import AxiRead, drive_address
 
-__all__ = ["ADDRESS_BITS", "AxiReader", "Beat", "COUNT_BITS", "Run"]
+__all__ = ["ADDRESS_BITS", "AxiReader", "Beat", "COUNT_BITS", "ReadRun", "Run"]
 
 ADDRESS_BITS = 32  #: superbeat index
 COUNT_BITS = 32  #: superbeats of one command
@@ -20,10 +20,14 @@ COUNT_BITS = 32  #: superbeats of one command
 #: ``count`` beats from beat ``address`` after the base.
 Run = data.StructLayout({"address": ADDRESS_BITS, "count": COUNT_BITS})
 
+#: A run for reading; ``kv``: what its beats are marked with.
+ReadRun = data.StructLayout({"address": ADDRESS_BITS, "count": COUNT_BITS, "kv": 1})
+
 
 def Beat(config):
-    """One beat of a port; ``error`` if memory answered it with an error (the data are then meaningless)."""
-    return data.StructLayout({"data": config.port_bits, "error": 1})
+    """One beat of a port; ``error`` if memory answered it with an error (the data are then meaningless), ``kv`` as in
+    its run."""
+    return data.StructLayout({"data": config.port_bits, "error": 1, "kv": 1})
 
 
 class AxiReader(wiring.Component):
@@ -31,7 +35,7 @@ class AxiReader(wiring.Component):
 
     Members
     -------
-    runs : In(stream of Run), count of at least 1
+    runs : In(stream of ReadRun), count of at least 1
     base : In(64), byte address of beat 0, a multiple of the beat; stable while a run is active
     axi : Out(AxiRead); every output is a register
     beats : Out(stream of Beat)
@@ -41,7 +45,7 @@ class AxiReader(wiring.Component):
     def __init__(self, *, config):
         self.config = config
         super().__init__({
-            "runs": In(stream.Signature(Run)), "base": In(64), "axi": Out(AxiRead(config.port_bits)),
+            "runs": In(stream.Signature(ReadRun)), "base": In(64), "axi": Out(AxiRead(config.port_bits)),
             "beats": Out(stream.Signature(Beat(config))), "beat": Out(1),
         })
 
@@ -51,13 +55,16 @@ class AxiReader(wiring.Component):
         beat_shift = (config.port_bits // 8).bit_length() - 1
         burst_shift = config.burst_beats.bit_length() - 1
 
-        m.submodules.fifo = queue = fifo.SyncFIFOBuffered(width=config.port_bits + 1, depth=config.fifo_beats)
+        m.submodules.fifo = queue = fifo.SyncFIFOBuffered(width=Beat(config).size, depth=config.fifo_beats)
         drive_address(m, axi, "ar", config.port_bits)
+        # The marks of the bursts on their way, each at its number.
+        marks, asked, answered = Signal(config.outstanding), *(Signal(range(config.outstanding)) for _ in range(2))
+        mark = Signal()
         arrived = axi.rvalid & axi.rready
         taken = self.beats.valid & self.beats.ready
         m.d.comb += [
             axi.rready.eq(1),
-            queue.w_en.eq(arrived), queue.w_data.eq(Cat(axi.rdata, axi.rresp[1])),
+            queue.w_en.eq(arrived), queue.w_data.eq(Cat(axi.rdata, axi.rresp[1], marks.bit_select(answered, 1))),
             self.beats.payload.eq(queue.r_data), self.beats.valid.eq(queue.r_rdy), queue.r_en.eq(self.beats.ready),
         ]
         m.d.sync += self.beat.eq(arrived)
@@ -81,12 +88,15 @@ class AxiReader(wiring.Component):
         ]
         with m.If(self.runs.valid & self.runs.ready):
             m.d.sync += [Cat(within, block).eq(self.base[beat_shift:] + self.runs.payload.address),
-                         left.eq(self.runs.payload.count), active.eq(1)]
+                         left.eq(self.runs.payload.count), mark.eq(self.runs.payload.kv), active.eq(1)]
         with m.If(issue):
             m.d.sync += [
                 axi.araddr.eq(Cat(Const(0, beat_shift), within, block)), axi.arlen.eq(length - 1),
                 within.eq(0), block.eq(block + 1), left.eq(left - length), active.eq(~last),
+                marks.bit_select(asked, 1).eq(mark), asked.eq(asked + 1),
             ]
+        with m.If(arrived & axi.rlast):
+            m.d.sync += answered.eq(answered + 1)
         with m.If(issue | axi.arready):
             m.d.sync += axi.arvalid.eq(issue)
         m.d.sync += [

@@ -1,4 +1,4 @@
-"""What passes between control and the units: resolved instructions, faults, notes of written records."""
+"""What passes between control and the units: resolved instructions, faults, places of KV records."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from amaranth.lib import data
 from ..config import OverlayConfig
 from ..isa import BODY, COMMON, MAX_LAYERS, WORD_BITS, Instruction
 
-__all__ = ["Command", "Fault", "PC_BITS", "Written", "fields"]
+__all__ = ["Command", "Fault", "PC_BITS", "PLACE_BITS", "PlaceAnswer", "PlaceRequest", "fields"]
 
 PC_BITS = 24
 
@@ -33,8 +33,14 @@ class Command(data.StructLayout):
 #: Output of a unit that can fail: ``valid`` for at least one cycle, with what FAULT, FAULT_PORT and FAULT_PC will show.
 Fault = data.StructLayout({"valid": 1, "cause": 4, "port": 5, "pc": PC_BITS})
 
-#: From the store unit to the history in the load unit: while ``valid``, the record of a position was written.
-Written = data.StructLayout({"valid": 1, "position": COMMON["x"].bits, "layer": (MAX_LAYERS - 1).bit_length()})
+PLACE_BITS = 16  #: number of a KV record within its port
+
+#: The store unit asks the history for a place of a record; each port has ``places``.
+PlaceRequest = data.StructLayout({
+    "position": COMMON["x"].bits, "layer": (MAX_LAYERS - 1).bit_length(), "places": PLACE_BITS})
+
+#: The answer: ``valid`` for one cycle, with the place or with the ``cause`` of a fault.
+PlaceAnswer = data.StructLayout({"valid": 1, "place": PLACE_BITS, "cause": 4})
 
 
 def fields(body, instruction: Instruction) -> SimpleNamespace:

@@ -30,7 +30,8 @@ _ARGUMENTS = sum(item.name[:-1] == "ARG" for item in MAP)
 #: ``saturations`` a number.
 Events = data.StructLayout({
     "busy": 4, "hazard_wait": 4, "array_active": 1, "weight_starved": 1, "memory_blocked": 1, "drain_blocked": 1,
-    "stream_wait": 1, "saturations": 8, "dropped": 1, "weights_read": 1, "kv_read": 1, "kv_written": 1,
+    "stream_wait": 1, "saturations": 8, "dropped": 1, "weights_read": 1, "kv_read": 6, "kv_written": 1,
+    "kv_buffered": 6,
 })
 
 

@@ -3,8 +3,9 @@
 Memory holds FP16; the array multiplies integers of KV_BITS. While a tile is written the largest exponent of each head
 of each token is found; while it is read every element is shifted to that exponent (docs/numerics.md, Keys and values).
 
-A word of the buffer is one superbeat: beat b of the records of tokens r*P .. r*P + P-1, at address {slot, r, b}. All
-sizes are powers of two, so a tile's addresses are joined fields and one addition.
+Each port writes its own records, when they arrive, into memories of its own: one for even, one for odd rows of records.
+A tile is read in superbeats: beat b of the records of tokens r*P .. r*P + P-1, at address {slot, r, b}. All sizes are
+powers of two, so a tile's addresses are joined fields and one addition.
 """
 
 import numpy as np
@@ -14,18 +15,12 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from ..formats import KV_BITS
-from .trees import tree
+from .kvintake import EXPONENT_BITS, TILE_NUMBERS, KvIntake, KvRecord, KvShape
 
-__all__ = ["KvBuffer", "KvLargest", "KvRequest", "KvShift", "KvTile", "KvWrite"]
+__all__ = ["KvBuffer", "KvRequest", "KvShift", "KvTile"]
 
 _SIGNIFICAND = 11  #: bits of an FP16 significand with its hidden bit
 _BELOW = KV_BITS - 1 - _SIGNIFICAND  #: places of a mantissa below the significand of the largest exponent
-_ES = 5  #: bits of an exponent
-
-
-def KvWrite(config):
-    """One superbeat of a KV tile; ``last`` ends the tile."""
-    return data.StructLayout({"data": 8 * config.superbeat_bytes, "last": 1})
 
 
 def KvRequest(config):
@@ -39,35 +34,6 @@ def KvTile(config):
     return data.StructLayout({"data": data.ArrayLayout(signed(KV_BITS), elements), "last": 1})
 
 
-class KvLargest(wiring.Component):
-    """Largest exponent field of the FP16 elements of a port beat.
-
-    Members
-    -------
-    beat : In(16 per element); en : In(latency), register enables; o : Out(5), ``latency`` cycles later
-    """
-
-    def __init__(self, *, elements):
-        self._elements = elements
-        super().__init__({"beat": In(16 * elements), "en": In(self.latency), "o": Out(_ES)})
-
-    @property
-    def latency(self):
-        """Stages of two comparisons each."""
-        return (self._elements.bit_length() - 1 + 1) // 2
-
-    def elaborate(self, platform):
-        m = Module()
-        level = [self.beat[at:at + _ES] for at in range(10, 16 * self._elements, 16)]
-        for enable in self.en:
-            groups = [level[i:i + 4] for i in range(0, len(level), 4)]
-            level = [Signal(_ES, name=f"largest{len(groups)}_{i}") for i in range(len(groups))]
-            with m.If(enable):
-                m.d.sync += [out.eq(tree(group, _larger)) for group, out in zip(groups, level)]
-        m.d.comb += self.o.eq(level[0])
-        return m
-
-
 class KvShift(wiring.Component):
     """The FP16 elements of a port beat as mantissas of one exponent (docs/numerics.md, Keys and values).
 
@@ -79,7 +45,7 @@ class KvShift(wiring.Component):
 
     def __init__(self, *, elements):
         self._elements = elements
-        super().__init__({"beat": In(16 * elements), "shared": In(_ES), "zero": In(1), "en": In(2),
+        super().__init__({"beat": In(16 * elements), "shared": In(EXPONENT_BITS), "zero": In(1), "en": In(2),
                           "o": Out(signed(KV_BITS)).array(elements)})
 
     def elaborate(self, platform):
@@ -90,7 +56,7 @@ class KvShift(wiring.Component):
             sign, significand = Signal(name=f"sign{index}"), Signal(_SIGNIFICAND, name=f"significand{index}")
             shift = Signal(range(KV_BITS + 1), name=f"shift{index}")
             # Written out twice below: a simulator then evaluates it only when the register is enabled.
-            distance = (self.shared - Cat(field[0] | ~hidden, field[1:]))[:_ES]
+            distance = (self.shared - Cat(field[0] | ~hidden, field[1:]))[:EXPONENT_BITS]
             with m.If(self.en[0]):
                 m.d.sync += [
                     sign.eq(word[15]), significand.eq(Mux(self.zero, 0, Cat(word[:10], hidden))),
@@ -108,14 +74,17 @@ class KvShift(wiring.Component):
 class KvBuffer(wiring.Component):
     """Two slots, filled and released in turn; a request waits until its slot is full.
 
+    What no record was written for is undefined; a port without a record in the last row writes nothing there.
+
     Keys: tokens n*N .. n*N + N-1 (outer, P at a time), dimensions k*K .. k*K + K-1 (inner, E at a time).
     Values: tokens k*K .. (outer), dimensions n*N .. (inner); dimensions beyond the head are 0.
     One superbeat per cycle, also across requests; ``latency`` cycles after a request was taken by an idle buffer.
 
     Members
     -------
-    write : In(stream of KvWrite), superbeat r*record + b of a tile; waits while both slots are taken
-    heads, head_beats, record : KV heads, port beats of a head and of a record; stable while the tile is written
+    shape : In(stream of KvShape), the tiles in order; each waits for a slot
+    records, beats : per port, In(stream of KvRecord) and In(stream of port beats), of as many rows as a tile has
+    done : Out(1), the oldest tile that was not full is full
     release : In(1), pulse: the older tile is no longer needed
     full : Out(2), per slot: a whole tile with its exponents is there
     request, tile : In(stream of KvRequest), Out(stream of KvTile)
@@ -127,9 +96,11 @@ class KvBuffer(wiring.Component):
 
     def __init__(self, *, config):
         self.config = config
-        exponents = {"slot": In(1), "head": In(8), "exponents": Out(_ES * config.tile_tokens)}
+        exponents = {"slot": In(1), "head": In(8), "exponents": Out(EXPONENT_BITS * config.tile_tokens)}
         super().__init__({
-            "write": In(stream.Signature(KvWrite(config))), "heads": In(8), "head_beats": In(8), "record": In(16),
+            "shape": In(stream.Signature(KvShape(config))), "done": Out(1),
+            "records": In(stream.Signature(KvRecord(config))).array(config.ports),
+            "beats": In(stream.Signature(config.port_bits)).array(config.ports),
             "release": In(1), "full": Out(2),
             "request": In(stream.Signature(KvRequest(config))), "tile": Out(stream.Signature(KvTile(config))),
             **{f"{side}_{name}": flow for side in "kv" for name, flow in exponents.items()},
@@ -156,82 +127,70 @@ class KvBuffer(wiring.Component):
         beats = 2 * config.kvbuf_heads * config.lanes // config.beat_elements  # of a record, at most
         beat_bits, row_bits = beats.bit_length() - 1, rows.bit_length() - 1
 
-        m.submodules.tiles = tiles = Memory(shape=8 * config.superbeat_bytes, depth=2 * rows * beats, init=[])
-        tile_write, tile_read = tiles.write_port(), tiles.read_port()
-        layout = data.ArrayLayout(_ES * config.ports, rows)
-        m.submodules.k_exponents = k_memory = Memory(shape=layout, depth=2 * config.kvbuf_heads, init=[])
-        m.submodules.v_exponents = v_memory = Memory(shape=layout, depth=2 * config.kvbuf_heads, init=[])
-        head_bits = config.kvbuf_heads.bit_length() - 1
-        for side, memory in (("k", k_memory), ("v", v_memory)):
-            port = memory.read_port(domain="comb")
-            m.d.comb += [port.addr.eq(Cat(getattr(self, f"{side}_head")[:head_bits], getattr(self, f"{side}_slot"))),
-                         getattr(self, f"{side}_exponents").eq(port.data)]
-
-        # ---- slots ---------------------------------------------------------------------------------------------
-        taken = Signal(2)  # written completely, or further; `full` follows when the last exponents are stored
-        write_slot, release_slot = Signal(), Signal()
-        head_beats = Array([Signal(8, name=f"head_beats{i}") for i in range(2)])
+        # ---- slots: given in turn, full when every port has written its records -------------------------------
+        taken, write_slot, release_slot, full_slot = Signal(2), Signal(), Signal(), Signal()
+        tiles = Signal(range(TILE_NUMBERS))
+        shapes = [Signal(KvShape(config), name=f"shape{i}") for i in range(2)]
         values_start = Array([Signal(beat_bits, name=f"values_start{i}") for i in range(2)])
+        head_beats = Array([shape.head_beats for shape in shapes])
+        left = [[Signal(range(rows + 1), name=f"left{i}_{p}") for p in range(config.ports)] for i in range(2)]
+        m.d.comb += self.shape.ready.eq(~taken.bit_select(write_slot, 1))
+        for i in range(2):
+            with m.If(self.shape.valid & self.shape.ready & (write_slot == i)):
+                incoming = self.shape.payload
+                m.d.sync += [
+                    taken[i].eq(1), write_slot.eq(~write_slot), tiles.eq(tiles + 1), shapes[i].eq(incoming),
+                    values_start[i].eq(incoming.heads * incoming.head_beats),
+                    *(count.eq(incoming.rows - ~incoming.last[p]) for p, count in enumerate(left[i])),
+                ]
+            complete = Signal(name=f"complete{i}")
+            m.d.comb += complete.eq(taken[i] & ~self.full[i] & (full_slot == i) & ~Cat(left[i]).any())
+            with m.If(complete):
+                m.d.comb += self.done.eq(1)
+                m.d.sync += [self.full[i].eq(1), full_slot.eq(~full_slot)]
         with m.If(self.release):
             m.d.sync += [taken.bit_select(release_slot, 1).eq(0), self.full.bit_select(release_slot, 1).eq(0),
                          release_slot.eq(~release_slot)]
 
-        # ---- write: data at once, exponents through a tree of maxima ------------------------------------------
-        accept = Signal()
-        row, beat = Signal(max(row_bits, 1)), Signal(16)
-        head_beat, head, part = Signal(8), Signal(8), Signal(2)  # part: 0 keys, 1 values, 2 padding of the record
-        head_ends, part_ends = Signal(), Signal()
-        m.d.comb += [
-            self.write.ready.eq(~taken.bit_select(write_slot, 1)),
-            accept.eq(self.write.valid & self.write.ready),
-            head_ends.eq(head_beat == self.head_beats - 1), part_ends.eq(head_ends & (head == self.heads - 1)),
-            tile_write.en.eq(accept & ~part[1]), tile_write.data.eq(self.write.payload.data),
-            tile_write.addr.eq(Cat(beat[:beat_bits], row[:row_bits], write_slot)),
-        ]
-        with m.If(accept):
-            m.d.sync += [beat.eq(beat + 1), head_beat.eq(head_beat + 1)]
-            with m.If(head_ends):
-                m.d.sync += [head_beat.eq(0), head.eq(head + 1)]
-            with m.If(part_ends & ~part[1]):
-                m.d.sync += [head.eq(0), part.eq(part + 1)]
-                with m.If(part == 0):
-                    m.d.sync += [values_start[write_slot].eq(beat + 1), head_beats[write_slot].eq(self.head_beats)]
-            with m.If(self.write.payload.last | (beat == self.record - 1)):
-                m.d.sync += [beat.eq(0), row.eq(row + 1), head_beat.eq(0), head.eq(0), part.eq(0)]
-            with m.If(self.write.payload.last):
-                m.d.sync += [row.eq(0), write_slot.eq(~write_slot), taken.bit_select(write_slot, 1).eq(1)]
-
-        place = data.StructLayout({"slot": 1, "row": row.shape(), "head": 8, "part": 2, "first": 1, "ends": 1,
-                                   "last": 1})
-        at = Signal(place)
-        m.d.comb += [at.slot.eq(write_slot), at.row.eq(row), at.head.eq(head), at.part.eq(part),
-                     at.first.eq(head_beat == 0), at.ends.eq(head_ends), at.last.eq(self.write.payload.last)]
-        valid = accept
-        levels = []
+        # ---- write: memories of each port for even and odd rows of records, and of the exponents -----------------
+        half = rows // 2  # rows of a memory
+        head_bits = config.kvbuf_heads.bit_length() - 1
+        banks, exponents = [], {"k": [], "v": []}  # [port][parity]
         for p in range(config.ports):
-            m.submodules[f"largest{p}"] = largest = KvLargest(elements=config.beat_elements)
-            m.d.comb += largest.beat.eq(self.write.payload.data[p * config.port_bits:][:config.port_bits])
-            levels.append(largest)
-        enables = []
-        for _ in range(levels[0].latency):
-            enables.append(valid)
-            stage_valid, stage_at = Signal(), Signal(place)
-            m.d.sync += stage_valid.eq(valid)
-            with m.If(valid):
-                m.d.sync += stage_at.eq(at)
-            valid, at = stage_valid, stage_at
-        m.d.comb += [largest.en.eq(Cat(*enables)) for largest in levels]
-        running = [Signal(_ES, name=f"exponent{p}") for p in range(config.ports)]
-        largest = [_larger(level.o, Mux(at.first, 1, before)) for level, before in zip(levels, running)]
-        with m.If(valid):
-            m.d.sync += [before.eq(value) for before, value in zip(running, largest)]
-            with m.If(at.last):
-                m.d.sync += self.full.bit_select(at.slot, 1).eq(1)
-        for part_index, memory in enumerate((k_memory, v_memory)):
-            port = memory.write_port(granularity=1)
-            m.d.comb += [port.addr.eq(Cat(at.head[:head_bits], at.slot)),
-                         port.en.eq((valid & at.ends & (at.part == part_index)) << at.row[:row_bits])]
-            m.d.comb += [port.data[r].eq(Cat(*largest)) for r in range(rows)]
+            m.submodules[f"intake{p}"] = intake = KvIntake(config=config)
+            wiring.connect(m, wiring.flipped(self.records[p]), intake.records)
+            wiring.connect(m, wiring.flipped(self.beats[p]), intake.beats)
+            m.d.comb += [intake.tiles.eq(tiles), *(port.eq(shape) for port, shape in zip(intake.shape, shapes))]
+            for i in range(2):
+                with m.If(intake.finished[i]):
+                    m.d.sync += left[i][p].eq(left[i][p] - 1)
+            write, exponent = intake.write, intake.exponent
+            of_port = []
+            for parity in range(2):
+                bank = Memory(shape=config.port_bits, depth=2 * half * beats, init=[])
+                m.submodules[f"bank{p}_{parity}"] = bank
+                port = bank.write_port()
+                m.d.comb += [port.en.eq(write.en & (write.row[0] == parity)), port.data.eq(write.data),
+                             port.addr.eq(Cat(write.beat, write.row[1:], write.slot))]
+                of_port.append(bank.read_port())
+            banks.append(of_port)
+            for number, (side, memories) in enumerate(exponents.items()):
+                of_port = []
+                for parity in range(2):
+                    memory = Memory(shape=data.ArrayLayout(EXPONENT_BITS, half), depth=2 * config.kvbuf_heads, init=[])
+                    m.submodules[f"{side}_exponents{p}_{parity}"] = memory
+                    port = memory.write_port(granularity=1)
+                    m.d.comb += [port.addr.eq(Cat(exponent.head[:head_bits], exponent.slot)),
+                                 port.en.eq((exponent.en[number] & (exponent.row[0] == parity)) << exponent.row[1:]),
+                                 *(part.eq(exponent.exponent) for part in port.data)]
+                    port = memory.read_port(domain="comb")
+                    m.d.comb += port.addr.eq(Cat(getattr(self, f"{side}_head")[:head_bits],
+                                                 getattr(self, f"{side}_slot")))
+                    of_port.append((port, memory.read_port()))
+                memories.append(of_port)
+        for side, memories in exponents.items():
+            m.d.comb += getattr(self, f"{side}_exponents").eq(Cat(
+                memories[p][r % 2][0].data[r // 2] for r in range(rows) for p in range(config.ports)))
 
         # ---- read: request, first beat of the head, address, memory, shift amounts, shifts ------------------------
         request, waiting, prepared = Signal(KvRequest(config)), Signal(), Signal()
@@ -265,7 +224,7 @@ class KvBuffer(wiring.Component):
         keys_offset, values_offset = Cat(count[:keys_inner], tile.k), Cat(count[:values_inner], tile.n)
         keys_row, values_row = Cat(count[keys_inner:], tile.n), Cat(count[values_inner:], tile.k)
         offset = Signal(max(len(keys_offset), len(values_offset)))
-        side = data.StructLayout({"zero": 1, "row": row.shape(), "value": 1, "last": 1})
+        side = data.StructLayout({"zero": 1, "row": range(rows), "value": 1, "last": 1})
         a_side, b_side, c_last = Signal(side), Signal(side), Signal()
         b_valid, c_valid = Signal(), Signal()
         m.d.comb += [
@@ -273,15 +232,21 @@ class KvBuffer(wiring.Component):
             a_side.zero.eq(offset >= head_beats[tile.slot]),  # a head may be shorter than the array is wide
             a_side.row.eq(Mux(tile.value, values_row, keys_row)[:row_bits]),
             a_side.value.eq(tile.value), a_side.last.eq(ends),
-            tile_read.en.eq(issue & ~a_side.zero),
-            tile_read.addr.eq(Cat((start + offset)[:beat_bits], a_side.row[:row_bits], tile.slot)),
         ]
-        reads = [memory.read_port() for memory in (k_memory, v_memory)]
-        for index, port in enumerate(reads):
-            m.d.comb += [port.en.eq(issue & (tile.value == index)), port.addr.eq(Cat(tile.head[:head_bits], tile.slot))]
-        token_exponents = Signal(_ES * config.ports)
-        m.d.comb += token_exponents.eq(Mux(b_side.value, reads[1].data[b_side.row[:row_bits]],
-                                           reads[0].data[b_side.row[:row_bits]]))
+        token_exponents, beat_data = [], []
+        for p in range(config.ports):
+            for parity, port in enumerate(banks[p]):
+                m.d.comb += [port.en.eq(issue & ~a_side.zero & (a_side.row[0] == parity)),
+                             port.addr.eq(Cat((start + offset)[:beat_bits], a_side.row[1:], tile.slot))]
+            found = []
+            for number, memories in enumerate(exponents.values()):
+                for parity, (_, port) in enumerate(memories[p]):
+                    m.d.comb += [port.en.eq(issue & (tile.value == number) & (a_side.row[0] == parity)),
+                                 port.addr.eq(Cat(tile.head[:head_bits], tile.slot))]
+                found.append([port.data[b_side.row[1:]] for _, port in memories[p]])
+            token_exponents.append(Mux(b_side.row[0], Mux(b_side.value, found[1][1], found[0][1]),
+                                       Mux(b_side.value, found[1][0], found[0][0])))
+            beat_data.append(Mux(b_side.row[0], banks[p][1].data, banks[p][0].data))
         with m.If(advance):
             m.d.sync += [b_valid.eq(issue), c_valid.eq(b_valid), self.tile.valid.eq(c_valid)]
             with m.If(issue):
@@ -294,14 +259,9 @@ class KvBuffer(wiring.Component):
         for p in range(config.ports):
             m.submodules[f"shift{p}"] = shift = KvShift(elements=config.beat_elements)
             m.d.comb += [
-                shift.beat.eq(tile_read.data[p * config.port_bits:][:config.port_bits]), shift.zero.eq(b_side.zero),
-                shift.shared.eq(token_exponents.word_select(p, _ES)),
+                shift.beat.eq(beat_data[p]), shift.zero.eq(b_side.zero), shift.shared.eq(token_exponents[p]),
                 shift.en.eq(Cat(advance & b_valid, advance & c_valid)),
             ]
             mantissas += shift.o
         m.d.comb += self.tile.payload.data.as_value().eq(Cat(*mantissas))
         return m
-
-
-def _larger(a, b):
-    return Mux(a > b, a, b)

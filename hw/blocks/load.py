@@ -1,30 +1,36 @@
-"""Load unit: LOADW, LOADA and LOADKV. One reader per port, all at the same addresses, in lockstep at the receiving end.
+"""Load unit: LOADW, LOADA and LOADKV. One reader per port.
 
 Commands are checked against the memory limit and handed to the readers as soon as those have requested everything of
-the command before; what each run of superbeats is for waits in a queue meanwhile. So memory is kept busy across
-commands, and the first superbeat of the next one follows the last of the one before without a gap.
+the command before. So memory is kept busy across commands, and the first superbeat of the next one follows the last of
+the one before without a gap.
 
-A LOADKV with ``reuse`` hands each reader the run of one record after the other, from the layer that the history names
-for it; preparing a record takes four cycles.
+Weights and rows of the activation buffer leave all readers at the same addresses in superbeats, in lockstep; what each
+run of superbeats is for waits in a queue. The records of a KV tile go from each port to the KV buffer on their own, and
+the ports may be at different tiles. Each reader has a queue of runs, and each port one that says which records follow.
+A LOADKV with ``reuse`` fills them row by row, as the history finds the places of the records.
 """
 
 import numpy as np
-from amaranth.hdl import Cat, Module, Mux, Signal, signed
+from amaranth.hdl import Array, Cat, Module, Mux, Signal, signed
 from amaranth.lib import data, enum, fifo, stream, wiring
+from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from ..isa import OPCODES, ROUTER_ROWS_AT
 from ..registers import FaultCause
 from .axi import AxiRead
-from .axi_read import ADDRESS_BITS, COUNT_BITS, AxiReader
-from .command import PC_BITS, Command, Fault, Written, fields
+from .axi_read import ADDRESS_BITS, COUNT_BITS, AxiReader, ReadRun
+from .command import PC_BITS, PLACE_BITS, Command, Fault, PlaceAnswer, PlaceRequest, fields
 from .history import History
-from .kvbuf import KvWrite
+from .kvintake import TILE_NUMBERS, KvRecord, KvShape
+from .rows import ones
+from .trees import tree_sum
 
 __all__ = ["AbufWrite", "LoadUnit"]
 
 _LAYOUTS = {item.mnemonic: item for item in OPCODES.values()}
-_AHEAD = 8  #: commands requested but not yet delivered
+_AHEAD = 8  #: commands of a kind requested but not yet delivered
+_RUNS_AHEAD = 16  #: runs a reader has before it, and records the KV buffer
 
 
 def AbufWrite(config):
@@ -41,7 +47,6 @@ class _Kind(enum.Enum, shape=2):
 #: What a run of superbeats is for. ``row_count``: superbeats per row of a LOADA.
 _Job = data.StructLayout({
     "kind": _Kind, "count": COUNT_BITS, "pc": PC_BITS, "row": 16, "row_count": 16, "beats": 16, "stride": 16,
-    "heads": 8, "head_beats": 8, "record": 16,
 })
 
 
@@ -52,15 +57,18 @@ class LoadUnit(wiring.Component):
     base : In(64) per port, byte address of superbeat 0; limit : In(32), superbeats of memory
     axi : Out(AxiRead) per port
     weights : Out(stream of superbeats)
-    abuf : Out(stream of AbufWrite), rows from ROUTER_ROWS_AT on for the router buffer; a LOADA is done one cycle after
-        its last row was taken
-    kv : Out(stream of KvWrite); kv_heads, kv_head_beats, kv_record : stable while a tile is written
-    history : In(Written), notes of written records, of one position two cycles apart or more
+    abuf : Out(stream of AbufWrite), rows from ROUTER_ROWS_AT on for the router buffer
+    tile : Out(stream of KvShape), the tile of each LOADKV
+    records, kv : per port, Out(stream of KvRecord) and Out(stream of port beats): which records follow, and their
+        beats; what is offered of ``records`` has to be taken with the last beat of theirs
+    tile_done : In(1), the oldest tile that was not done is complete
+    places : In(stream of PlaceRequest), place : Out(PlaceAnswer), for the store unit
     fault : Out(Fault), stays; the command that failed and those after it deliver nothing until reset, except records
         before the one that failed
     beats_read : Out(P), a beat has arrived on a port
-    weights_read, kv_read : Out(1), a superbeat was taken from ``weights``, from ``kv``
-    starved : Out(1), a receiver waits for memory; blocked : Out(1), a superbeat waits for its receiver
+    weights_read : Out(1), a superbeat was taken from ``weights``; kv_read : Out, how many port beats from ``kv``
+    starved : Out(1), a receiver of superbeats waits for memory; blocked : Out(1), a superbeat or a beat of a record
+        waits for its receiver
     """
 
     def __init__(self, *, config):
@@ -71,29 +79,39 @@ class LoadUnit(wiring.Component):
             "base": In(64).array(ports), "limit": In(ADDRESS_BITS), "axi": Out(AxiRead(config.port_bits)).array(ports),
             "weights": Out(stream.Signature(8 * config.superbeat_bytes)),
             "abuf": Out(stream.Signature(AbufWrite(config))),
-            "kv": Out(stream.Signature(KvWrite(config))),
-            "kv_heads": Out(8), "kv_head_beats": Out(8), "kv_record": Out(16),
-            "history": In(Written), "fault": Out(Fault), "beats_read": Out(ports), "weights_read": Out(1),
-            "kv_read": Out(1), "starved": Out(1), "blocked": Out(1),
+            "tile": Out(stream.Signature(KvShape(config))), "tile_done": In(1),
+            "records": Out(stream.Signature(KvRecord(config))).array(ports),
+            "kv": Out(stream.Signature(config.port_bits)).array(ports),
+            "places": In(stream.Signature(PlaceRequest)), "place": Out(PlaceAnswer),
+            "fault": Out(Fault), "beats_read": Out(ports), "weights_read": Out(1),
+            "kv_read": Out(range(ports + 1)), "starved": Out(1), "blocked": Out(1),
         })
 
+    def history(self):
+        """The block that finds records; a bench that damages it returns another one."""
+        return History(config=self.config)
+
     @staticmethod
-    def model(config, memory, mnemonic, history=None, **f):
+    def model(config, memory, mnemonic, place=None, **f):
         """What one command delivers, in order; ``f`` holds its fields with the registers added.
 
-        memory : uint8 [P, superbeats, port bytes]; history : the layers that wrote each position, as bits (for reuse)
-        Returns uint8 [superbeats, W] (LOADW, LOADKV) or a list of (ABUF row, uint8 [4 V]) (LOADA).
+        memory : uint8 [P, superbeats, port bytes]; place : of the record of a position (for reuse)
+        Returns uint8 [superbeats, W] (LOADW), a list of (ABUF row, uint8 [4 V]) (LOADA), or of each port's records,
+        uint8 [records, port beats, port bytes] (LOADKV).
         """
-        count = {"loadw": lambda: f["count"], "loada": lambda: f["rows"] * f["count"],
-                 "loadkv": lambda: config.tile_tokens // config.ports * f["record"]}[mnemonic]()
-        if f.get("reuse"):
-            seen = (2 << f["layer"]) - 1
-            last = [max((history[f["x"] + token] & seen).bit_length() - 1, 0) for token in range(config.tile_tokens)]
-            regions = f["imm"] + np.reshape(last, (-1, 1, config.ports)) * f["layer_stride"]  # [records, beats, ports]
-            addresses = regions + np.arange(count).reshape(-1, f["record"], 1)
-            return memory[np.arange(config.ports), addresses].reshape(count, config.superbeat_bytes)
+        if mnemonic == "loadkv":
+            count = min(f["rows"], config.tile_tokens)
+            rows = -(-count // config.ports)
+            if not f.get("reuse"):
+                return [port[f["imm"]:f["imm"] + rows * f["record"]].reshape(rows, f["record"], -1) for port in memory]
+            starts = [[f["imm"] + place(f["x"] + i) * f["record"] for i in range(p, count, config.ports)]
+                      for p in range(config.ports)]
+            return [np.array([port[start:start + f["record"]] for start in of_port]).reshape(-1, f["record"],
+                                                                                              memory.shape[2])
+                    for port, of_port in zip(memory, starts)]
+        count = f["count"] if mnemonic == "loadw" else f["rows"] * f["count"]
         superbeats = memory[:, f["imm"]:f["imm"] + count].transpose(1, 0, 2).reshape(count, config.superbeat_bytes)
-        if mnemonic != "loada":
+        if mnemonic == "loadw":
             return superbeats
         lines = superbeats.reshape(-1, 4 * config.vector_lanes)
         step = len(lines) // max(f["rows"], 1)
@@ -109,10 +127,30 @@ class LoadUnit(wiring.Component):
             wiring.connect(m, reader.axi, wiring.flipped(self.axi[p]))
             m.d.comb += [reader.base.eq(self.base[p]), self.beats_read[p].eq(reader.beat)]
             readers.append(reader)
-        m.submodules.jobs = queue = fifo.SyncFIFOBuffered(width=_Job.size, depth=_AHEAD)
-        requesting = self._request(m, readers, queue)
-        delivering = self._deliver(m, readers, queue)
-        m.d.comb += self.busy.eq(requesting | delivering)
+        m.submodules.jobs = jobs = fifo.SyncFIFOBuffered(width=_Job.size, depth=_AHEAD)
+        m.submodules.tiles = tiles = fifo.SyncFIFOBuffered(width=KvShape(config).size, depth=_AHEAD)
+        m.submodules.order = order = fifo.SyncFIFOBuffered(width=1, depth=2 * _AHEAD)
+        m.submodules.history = history = self.history()
+        wiring.connect(m, history.request, wiring.flipped(self.places))
+        m.d.comb += [
+            self.place.eq(history.answer),
+            self.tile.valid.eq(tiles.r_rdy), self.tile.payload.eq(tiles.r_data), tiles.r_en.eq(self.tile.ready),
+        ]
+        pcs = Memory(shape=PC_BITS, depth=TILE_NUMBERS, init=[])  # of the commands of tiles
+        m.submodules.pcs = pcs
+        requesting = self._request(m, readers, history, jobs, tiles, order, pcs)
+        finish = self._deliver(m, readers, jobs)
+        self._deliver_records(m, readers, pcs)
+
+        # Commands are done in order, whoever is ready first.
+        finished, complete = Signal(range(2 * _AHEAD + 1)), Signal(range(2 * _AHEAD + 1))
+        is_kv, pop = order.r_data, order.r_en
+        m.d.comb += pop.eq(order.r_rdy & Mux(is_kv, complete != 0, finished != 0))
+        m.d.sync += [
+            self.done.eq(pop), finished.eq(finished + finish - (pop & ~is_kv)),
+            complete.eq(complete + self.tile_done - (pop & is_kv)),
+        ]
+        m.d.comb += self.busy.eq(requesting | (order.level != 0) | self.done)
         return m
 
     def _fail(self, m, cause, pc, port=0):
@@ -120,27 +158,29 @@ class LoadUnit(wiring.Component):
             m.d.sync += [self.fault.valid.eq(1), self.fault.cause.eq(cause), self.fault.pc.eq(pc),
                          self.fault.port.eq(port)]
 
-    def _request(self, m, readers, queue):
-        """Commands to jobs: sizes, checks, one run to every reader. Returns: a command is being prepared."""
-        config = self.config
-        command = self.cmd.payload
+    def _request(self, m, readers, history, jobs, tiles, order, pcs):
+        """Commands to jobs and tiles: sizes, checks, runs to the readers. Returns: a command is being prepared."""
+        config, command = self.config, self.cmd.payload
         loadw, loada, loadkv = (fields(command.body, _LAYOUTS[name]) for name in ("loadw", "loada", "loadkv"))
         is_a, is_kv = (command.opcode == _LAYOUTS[name].opcode for name in ("loada", "loadkv"))
-        job = Signal(_Job)
+        job, shape = Signal(_Job), Signal(KvShape(config))
         address = Signal(ADDRESS_BITS)
         product = Signal(28)  # superbeats of a LOADA, port beats of all K heads of a LOADKV
         overrun = Signal()
-        waiting = Signal(config.ports)  # readers that have not taken the run
-        follow, layer, layer_stride = Signal(), Signal.like(loadkv.layer), Signal.like(loadkv.layer_stride)
-        records = config.tile_tokens // config.ports
-        records_left = Signal(range(records + 1))
-        idle = Signal()
-        m.submodules.history = history = History(config=config)
-        m.d.comb += [history.note.eq(self.history), history.position.eq(job.row), history.layer.eq(layer)]
-        offsets = [Signal(len(layer) + len(layer_stride), name=f"offset{p}") for p in range(config.ports)]
+        follow, layer, number = Signal(), Signal.like(loadkv.layer), Signal(range(TILE_NUMBERS))
+        port_shift, tokens = config.ports.bit_length() - 1, Signal(range(config.tile_tokens + 1))
+        rows = Signal.like(shape.rows)
+        row, lasting, exists = Signal.like(shape.rows), Signal(), Signal(config.ports)
+        idle, issue, room = Signal(), Signal(), Signal()
+        offsets = [Signal(PLACE_BITS + 16, name=f"offset{p}") for p in range(config.ports)]
         slack = Signal(signed(ADDRESS_BITS + 2))  # the largest offset inside memory
-        beyond = Signal(config.ports)
-        m.d.comb += beyond.eq(Cat(offset > slack for offset in offsets))
+        lost, beyond = Signal(config.ports), Signal(config.ports)
+        m.d.comb += [
+            rows.eq((tokens + config.ports - 1) >> port_shift), lasting.eq(row == shape.rows - 1),
+            exists.eq(Mux(follow & lasting, shape.last, ~0)),
+            beyond.eq(Cat(offset > slack for offset in offsets) & exists),
+            history.first.eq(job.row >> port_shift), history.rows.eq(shape.rows), history.layer.eq(layer),
+        ]
 
         with m.FSM(name="request"):
             with m.State("IDLE"):
@@ -150,9 +190,10 @@ class LoadUnit(wiring.Component):
                         job.kind.eq(Mux(is_a, _Kind.ABUF, Mux(is_kv, _Kind.KV, _Kind.WEIGHTS))),
                         job.count.eq(loadw.count), job.pc.eq(command.pc), job.row.eq(command.x),
                         job.row_count.eq(loada.count), job.beats.eq(loada.beats), job.stride.eq(loada.dst_stride),
-                        job.heads.eq(loadkv.heads), job.head_beats.eq(loadkv.head_beats), job.record.eq(loadkv.record),
-                        address.eq(command.imm), follow.eq(is_kv & loadkv.reuse), layer.eq(loadkv.layer),
-                        layer_stride.eq(loadkv.layer_stride), records_left.eq(records),
+                        shape.heads.eq(loadkv.heads), shape.head_beats.eq(loadkv.head_beats),
+                        shape.record.eq(loadkv.record),
+                        tokens.eq(Mux(command.rows > config.tile_tokens, config.tile_tokens, command.rows)),
+                        address.eq(command.imm), follow.eq(is_kv & loadkv.reuse), layer.eq(loadkv.layer), row.eq(0),
                         product.eq(Mux(is_a, command.rows, loadkv.heads)
                                    * Mux(is_a, loada.count, loadkv.head_beats)),
                     ]
@@ -163,11 +204,16 @@ class LoadUnit(wiring.Component):
                     m.d.sync += job.count.eq(product)
                 with m.Elif(job.kind == _Kind.KV):
                     m.d.sync += [
-                        job.count.eq(job.record * (config.tile_tokens // config.ports)),
-                        overrun.eq((product == 0) | (product > capacity) | (job.heads > config.kvbuf_heads)
-                                   | (2 * product > job.record)
-                                   | (follow & (job.row + config.tile_tokens > config.history_tokens))),
+                        job.count.eq(shape.record * rows), shape.rows.eq(rows),
+                        shape.last.eq(ones(Mux(tokens[:port_shift] == 0, config.ports, tokens[:port_shift]),
+                                           config.ports)),
+                        overrun.eq((product == 0) | (product > capacity) | (shape.heads > config.kvbuf_heads)
+                                   | (2 * product > shape.record)
+                                   | (follow & ((job.row + tokens > config.history_tokens)
+                                                | (layer >= config.history_layers)))),
                     ]
+                    with m.If(~follow):
+                        m.d.sync += shape.last.eq(~0)
                 m.next = "CHECK"
             with m.State("CHECK"):
                 with m.If((job.kind == _Kind.KV) & overrun):
@@ -176,47 +222,88 @@ class LoadUnit(wiring.Component):
                 with m.Elif(~follow & (address + job.count > self.limit)):
                     self._fail(m, FaultCause.MEMORY_RANGE, job.pc)
                     m.next = "STOP"
-                with m.Elif(queue.w_rdy):
-                    m.d.comb += queue.w_en.eq(1)
+                with m.Elif(order.w_rdy & Mux(job.kind == _Kind.KV, tiles.w_rdy, jobs.w_rdy)):
+                    m.d.comb += [order.w_en.eq(1), tiles.w_en.eq(job.kind == _Kind.KV), jobs.w_en.eq(~tiles.w_en)]
+                    m.d.sync += Cat(offsets).eq(0)
                     m.next = "IDLE"
                     with m.If(follow):
                         m.d.comb += history.begin.eq(1)
                         m.next = "RECORD"
                     with m.Elif(job.count != 0):
-                        m.d.sync += [waiting.eq(~0), Cat(offsets).eq(0)]
                         m.next = "ISSUE"
             with m.State("RECORD"):
                 with m.If(history.found):
-                    m.d.comb += history.take.eq(1)
-                    m.d.sync += [offset.eq(last * layer_stride) for offset, last in zip(offsets, history.last)]
-                    m.d.sync += [slack.eq(self.limit - job.record - address), records_left.eq(records_left - 1)]
+                    m.d.comb += [history.take.eq(1), lost.eq(history.bad & exists)]
+                    m.d.sync += [offset.eq(place * shape.record) for offset, place in zip(offsets, history.place)]
+                    m.d.sync += slack.eq(self.limit - shape.record - address)
                     m.next = "RANGE"
+                    with m.If(lost.any()):
+                        self._fail(m, FaultCause.KV_POINTER, job.pc, _first(m, lost))
+                        m.next = "STOP"
             with m.State("RANGE"):
                 with m.If(beyond.any()):
                     self._fail(m, FaultCause.MEMORY_RANGE, job.pc, _first(m, beyond))
                     m.next = "STOP"
                 with m.Else():
-                    m.d.sync += waiting.eq(~0)
                     m.next = "ISSUE"
             with m.State("ISSUE"):
-                with m.If(waiting == 0):
+                m.d.comb += issue.eq(room & ~self.fault.valid)
+                with m.If(issue):
+                    m.d.sync += row.eq(row + 1)
                     m.next = "IDLE"
-                    with m.If(follow & (records_left != 0)):
-                        m.d.sync += address.eq(address + job.record)
+                    with m.If(follow & ~lasting):
                         m.next = "RECORD"
+                    with m.Elif(job.kind == _Kind.KV):
+                        m.d.sync += number.eq(number + 1)
             with m.State("STOP"):
                 pass
-        m.d.comb += queue.w_data.eq(job)
+
+        keep_pc = pcs.write_port()
+        m.d.comb += [
+            jobs.w_data.eq(job), tiles.w_data.eq(shape), order.w_data.eq(job.kind == _Kind.KV),
+            keep_pc.en.eq(tiles.w_en), keep_pc.addr.eq(number), keep_pc.data.eq(job.pc),
+        ]
+        rooms = []
         for p, reader in enumerate(readers):
-            m.d.comb += [reader.runs.valid.eq(waiting[p] & ~self.fault.valid),
-                         reader.runs.payload.address.eq(address + offsets[p]),
-                         reader.runs.payload.count.eq(Mux(follow, job.record, job.count))]
-            with m.If(reader.runs.valid & reader.runs.ready):
-                m.d.sync += waiting[p].eq(0)
+            m.submodules[f"runs{p}"] = runs = fifo.SyncFIFOBuffered(width=ReadRun.size, depth=_RUNS_AHEAD)
+            m.submodules[f"records{p}"] = records = fifo.SyncFIFOBuffered(width=KvRecord(config).size,
+                                                                          depth=_RUNS_AHEAD)
+            run, record = Signal(ReadRun, name=f"run{p}"), Signal(KvRecord(config), name=f"record{p}")
+            rooms += [runs.w_rdy, records.w_rdy]
+            m.d.comb += [
+                run.address.eq(address + offsets[p]), run.count.eq(Mux(follow, shape.record, job.count)),
+                run.kv.eq(job.kind == _Kind.KV), runs.w_data.eq(run), runs.w_en.eq(issue & exists[p]),
+                record.tile.eq(number), record.row.eq(row), record.rows.eq(Mux(follow, 1, shape.rows)),
+                records.w_data.eq(record), records.w_en.eq(runs.w_en & run.kv),
+                reader.runs.valid.eq(runs.r_rdy), reader.runs.payload.eq(runs.r_data),
+                runs.r_en.eq(reader.runs.ready),
+                self.records[p].valid.eq(records.r_rdy), self.records[p].payload.eq(records.r_data),
+                records.r_en.eq(self.records[p].ready),
+            ]
+        m.d.comb += room.eq(Cat(rooms).all())
         return ~idle
 
+    def _deliver_records(self, m, readers, pcs):
+        """Beats of records to the KV buffer, each port by itself. One with an error is never offered."""
+        taken, waits, failed = [], [], Signal(len(readers))
+        for p, (reader, kv) in enumerate(zip(readers, self.kv)):
+            beat = reader.beats
+            m.d.comb += [kv.valid.eq(beat.valid & beat.payload.kv & ~beat.payload.error),
+                         kv.payload.eq(beat.payload.data),
+                         failed[p].eq(beat.valid & beat.payload.kv & beat.payload.error)]
+            taken.append(kv.valid & kv.ready)
+            waits.append(kv.valid & ~kv.ready)
+        m.d.comb += self.kv_read.eq(tree_sum(taken))
+        with m.If(Cat(waits).any()):
+            m.d.comb += self.blocked.eq(1)
+        port = _first(m, failed)
+        which = pcs.read_port(domain="comb")
+        m.d.comb += which.addr.eq(Array(records.payload.tile for records in self.records)[port])
+        with m.If(failed.any()):
+            self._fail(m, FaultCause.READ_ERROR, which.data, port)
+
     def _deliver(self, m, readers, queue):
-        """Beats to superbeats, superbeats to the receiver of the job in front. Returns: a job waits or runs."""
+        """Beats to superbeats, superbeats to the receiver of the job in front. Returns: a job is finished."""
         config = self.config
         job, active = Signal(_Job), Signal()
         left = Signal(COUNT_BITS)  # superbeats of the job, with the one on offer
@@ -226,12 +313,12 @@ class LoadUnit(wiring.Component):
         wanted, offered = Signal(), Signal()
 
         m.d.comb += [
-            take.eq(Cat(reader.beats.valid for reader in readers).all() & (~valid | give)),
+            take.eq(Cat(reader.beats.valid & ~reader.beats.payload.kv for reader in readers).all() & (~valid | give)),
             wanted.eq(active & (left != 0)),
             offered.eq(valid & wanted & ~refused.any()),
         ]
-        for reader in readers:
-            m.d.comb += reader.beats.ready.eq(take)
+        for reader, kv in zip(readers, self.kv):
+            m.d.comb += reader.beats.ready.eq(Mux(reader.beats.payload.kv, kv.valid & kv.ready, take))
         with m.If(take):
             m.d.sync += [superbeat.eq(Cat(reader.beats.payload.data for reader in readers)),
                          refused.eq(Cat(reader.beats.payload.error for reader in readers))]
@@ -250,11 +337,7 @@ class LoadUnit(wiring.Component):
             self.abuf.valid.eq(offered & (job.kind == _Kind.ABUF) & writes & ~outside),
             self.abuf.payload.addr.eq(row),
             self.weights.valid.eq(offered & (job.kind == _Kind.WEIGHTS)), self.weights.payload.eq(superbeat),
-            self.kv.valid.eq(offered & (job.kind == _Kind.KV)),
-            self.kv.payload.data.eq(superbeat), self.kv.payload.last.eq(left == 1),
             self.weights_read.eq(self.weights.valid & self.weights.ready),
-            self.kv_read.eq(self.kv.valid & self.kv.ready),
-            self.kv_heads.eq(job.heads), self.kv_head_beats.eq(job.head_beats), self.kv_record.eq(job.record),
         ]
         with m.Switch(part):
             for i, value in enumerate(rows):
@@ -265,8 +348,6 @@ class LoadUnit(wiring.Component):
         with m.Switch(job.kind):
             with m.Case(_Kind.WEIGHTS):
                 m.d.comb += [ready.eq(self.weights.ready), give.eq(offered & ready)]
-            with m.Case(_Kind.KV):
-                m.d.comb += [ready.eq(self.kv.ready), give.eq(offered & ready)]
             with m.Case(_Kind.ABUF):
                 # The row's last superbeats may hold fewer rows than fit, or none.
                 m.d.comb += [ready.eq(self.abuf.ready),
@@ -288,7 +369,6 @@ class LoadUnit(wiring.Component):
             self.starved.eq(wanted & ~valid & ready),
             self.blocked.eq(offered & ~ready),
         ]
-        m.d.sync += self.done.eq(finish)
         with m.If(start):
             m.d.sync += [job.eq(following), active.eq(1), left.eq(following.count), row_base.eq(following.row),
                          row.eq(following.row), row_left.eq(following.row_count), beats_left.eq(following.beats),
@@ -302,7 +382,7 @@ class LoadUnit(wiring.Component):
                 self._fail(m, FaultCause.READ_ERROR, job.pc, _first(m, refused))
             with m.Elif((job.kind == _Kind.ABUF) & writes & outside):
                 self._fail(m, FaultCause.BUFFER_RANGE, job.pc)
-        return active | (queue.level != 0) | self.done
+        return finish
 
 
 def _first(m, ports):

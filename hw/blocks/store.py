@@ -2,7 +2,7 @@
 
 One command at a time, done when memory has answered its last burst. Inside a command the ports overlap: a record is
 handed to its port's writer at one beat per cycle, and the next record goes to the next port. A row that is not in the
-command's mask takes one cycle.
+command's mask takes one cycle. With ``reuse`` a record goes to the place that the history gives it.
 """
 
 from amaranth.hdl import Array, Cat, Module, Mux, Signal
@@ -14,7 +14,7 @@ from ..registers import FaultCause
 from .axi import AxiWrite
 from .axi_read import ADDRESS_BITS
 from .axi_write import AxiWriter
-from .command import Command, Fault, Written, fields
+from .command import Command, Fault, PlaceAnswer, PlaceRequest, fields
 
 __all__ = ["StoreUnit"]
 
@@ -32,7 +32,7 @@ class StoreUnit(wiring.Component):
     fault : Out(Fault), stays; the unit then hands nothing more to memory until reset
     beats_written : Out(P), memory has taken a beat on a port
     kv_written : a beat of a record was handed to its writer
-    written : Out(Written), one cycle per record once it was handed over, before done; three cycles apart or more
+    places : Out(stream of PlaceRequest), for each record in turn; place : In(PlaceAnswer)
     """
 
     def __init__(self, *, config):
@@ -43,14 +43,16 @@ class StoreUnit(wiring.Component):
             "base": In(64).array(ports), "limit": In(ADDRESS_BITS), "axi": Out(AxiWrite(config.port_bits)).array(ports),
             "kvout_row": Out(range(config.kvout_rows)), "kvout_data": In(config.port_bits),
             "logits": In(stream.Signature(32 * config.vector_lanes)),
-            "fault": Out(Fault), "beats_written": Out(ports), "kv_written": Out(1), "written": Out(Written),
+            "fault": Out(Fault), "beats_written": Out(ports), "kv_written": Out(1),
+            "places": Out(stream.Signature(PlaceRequest)), "place": In(PlaceAnswer),
         })
 
     @staticmethod
-    def model(config, memory, source, mnemonic, **f):
+    def model(config, memory, source, mnemonic, place=lambda position: position, **f):
         """Write to memory, uint8 [P, superbeats, port bytes], what one command writes; ``f`` holds its fields with the
-        registers added, and the mask if not all rows run. Returns the (position, layer) of the records written.
-        source : uint8 KVOUT [kvout_rows, port bytes] (STOREKV) or logits [beats, 4 V] (STOREL)."""
+        registers added, and the mask if not all rows run. Returns the positions of the records written.
+        source : uint8 KVOUT [kvout_rows, port bytes] (STOREKV) or logits [beats, 4 V] (STOREL); place : where the
+        record of a position lies in its port (reuse)"""
         if mnemonic == "storel":
             count = f["rows"] * f["count"]
             striped = source.reshape(count, config.ports, config.port_bits // 8)
@@ -59,9 +61,9 @@ class StoreUnit(wiring.Component):
         listed = [t for t in range(f["rows"]) if f.get("mask", -1) >> t & 1]
         for t in listed:
             position, record = f["x"] + t, f["record"]
-            start = f["imm"] + position // config.ports * record
+            start = f["imm"] + (place(position) if f.get("reuse") else position // config.ports) * record
             memory[position % config.ports, start:start + record] = source[t * record:(t + 1) * record]
-        return [(f["x"] + t, f.get("layer", 0)) for t in listed]
+        return [f["x"] + t for t in listed]
 
     def elaborate(self, platform):
         m = Module()
@@ -77,21 +79,21 @@ class StoreUnit(wiring.Component):
 
         command = self.cmd.payload
         storekv, storel = (fields(command.body, _LAYOUTS[name]) for name in ("storekv", "storel"))
-        is_logits, pc, layer = Signal(), Signal.like(command.pc), Signal.like(storekv.layer)
+        is_logits, pc = Signal(), Signal.like(command.pc)
         # Of the record or of all logits. Two bits more, so that an overrun shows, also one behind rows not in the list.
-        address = Signal(ADDRESS_BITS + 2)
+        address, base = Signal(ADDRESS_BITS + 2), Signal(ADDRESS_BITS)
         product = Signal(len(command.rows) + len(storel.count))
         length = Signal.like(product)  # beats of one run
         left = Signal(config.tokens)  # rows from the current one (bit 0) on
-        position = Signal.like(self.written.position)
+        asked, reuse = self.places.payload, Signal()
+        position = asked.position
         port = position[:port_shift]
         waiting = Signal(config.ports)  # writers that have not taken the run
         beats_left = Signal.like(length)  # beats (STOREKV) or superbeats (STOREL) of the run, not handed over
         row = Signal(len(storekv.record) + len(left).bit_length())  # of KVOUT, the first of the record
         record_end = Signal.like(row)
         run_end = Signal(len(length) + 2)
-        m.d.comb += [run_end.eq(address + length), record_end.eq(row + length),
-                     self.written.position.eq(position), self.written.layer.eq(layer)]
+        m.d.comb += [run_end.eq(address + length), record_end.eq(row + length)]
 
         def fail(cause, at=0):
             with m.If(~self.fault.valid):
@@ -157,8 +159,9 @@ class StoreUnit(wiring.Component):
                     logits = command.opcode == _LAYOUTS["storel"].opcode
                     m.d.sync += [
                         is_logits.eq(logits), pc.eq(command.pc), address.eq(command.imm.as_unsigned()),
+                        base.eq(command.imm), reuse.eq(storekv.reuse & ~logits), asked.places.eq(storekv.places),
                         left.eq(Mux(logits, 1, command.mask)), length.eq(storekv.record), row.eq(0),
-                        position.eq(command.x), layer.eq(storekv.layer),
+                        position.eq(command.x), asked.layer.eq(storekv.layer),
                         product.eq(Mux(logits, command.rows, command.x.as_unsigned() >> port_shift)
                                    * Mux(logits, storel.count, storekv.record)),
                     ]
@@ -174,7 +177,23 @@ class StoreUnit(wiring.Component):
                     m.next = "DRAIN"
                 with m.Elif(~left[0]):
                     next_record()
-                with m.Elif(~is_logits & (record_end > config.kvout_rows)):
+                with m.Elif(reuse):
+                    m.next = "ASK"
+                with m.Else():
+                    m.next = "RANGE"
+            with m.State("ASK"):
+                m.d.comb += self.places.valid.eq(1)
+                with m.If(self.places.ready):
+                    m.next = "PLACE"
+            with m.State("PLACE"):
+                m.d.sync += address.eq(base + self.place.place * length[:16])
+                with m.If(self.place.valid):
+                    m.next = "RANGE"
+                    with m.If(self.place.cause != FaultCause.NONE):
+                        fail(self.place.cause, Mux(self.place.cause == FaultCause.BUFFER_RANGE, 0, port))
+                        m.next = "STOP"
+            with m.State("RANGE"):
+                with m.If(~is_logits & (record_end > config.kvout_rows)):
                     fail(FaultCause.BUFFER_RANGE)
                     m.next = "STOP"
                 with m.Elif(run_end > self.limit):
@@ -189,7 +208,6 @@ class StoreUnit(wiring.Component):
                 with m.If(handed | unpack):
                     m.d.sync += beats_left.eq(beats_left - 1)
                 with m.If(beats_left == 0):
-                    m.d.comb += self.written.valid.eq(~is_logits)
                     next_record()
                     m.next = "CHECK"
             with m.State("DRAIN"):

@@ -13,7 +13,7 @@ from axi_memory import DECERR, SLVERR, AxiMemory
 from cocotb.triggers import ClockCycles, RisingEdge
 from cocotbext.axi import AxiBus, AxiRam
 from skipopu.hw.blocks.axi import Axi4, AxiLite, axi_ports, connect_axi
-from skipopu.hw.blocks.axi_read import AxiReader, Beat, Run
+from skipopu.hw.blocks.axi_read import AxiReader, Beat, ReadRun, Run
 from skipopu.hw.blocks.axi_write import AxiWriter
 from skipopu.hw.config import preset
 from skipopu.sim.bench import Stall, StreamSink, StreamSource, bench, bench_parameters, run_bench
@@ -30,7 +30,7 @@ class Master(wiring.Component):
         self.config = config
         ids = {name: Out(1) for name in ("axi__awid", "axi__arid")} | {name: In(1) for name in ("axi__bid", "axi__rid")}
         super().__init__({
-            "reads": In(stream.Signature(Run)), "beats": Out(stream.Signature(Beat(config))), "base": In(64),
+            "reads": In(stream.Signature(ReadRun)), "beats": Out(stream.Signature(Beat(config))), "base": In(64),
             "writes": In(stream.Signature(Run)), "data": In(stream.Signature(config.port_bits)),
             "busy": Out(1), "error": Out(1), "beat_read": Out(1), "beat_written": Out(1),
             "axi": Out(Axi4(config.port_bits)), **ids,
@@ -70,10 +70,16 @@ def as_runs(runs):
     return [{"address": address, "count": count} for address, count in runs]
 
 
+def as_read_runs(runs):
+    """Marked in a pattern that neither a burst nor a run repeats."""
+    return [run | {"kv": i % 3 % 2} for i, run in enumerate(as_runs(runs))]
+
+
 async def read(dut, runs, *, stall=Stall.NEVER, sink_stall=Stall.NEVER, seed=0):
     sink = StreamSink(dut, "beats", shape=Beat(TINY), stall=sink_stall, seed=seed)
-    StreamSource(dut, "reads", shape=Run, stall=stall, seed=seed).send(as_runs(runs))
+    StreamSource(dut, "reads", shape=ReadRun, stall=stall, seed=seed).send(as_read_runs(runs))
     got = await sink.take(sum(count for _, count in runs))
+    assert [beat["kv"] for beat in got] == [run["kv"] for run in as_read_runs(runs) for _ in range(run["count"])]
     assert await sink.rest() == []
     return got, sink.cycles
 
@@ -151,7 +157,7 @@ async def reads_a_beat_in_every_cycle(dut, latency):
 async def requests_only_what_the_fifo_can_take(dut, first):
     memory = AxiMemory(dut, "axi", make_image(0), latency=1)
     sink = StreamSink(dut, "beats", stall=1.0)
-    StreamSource(dut, "reads", shape=Run).send(as_runs([(first, 1000)]))
+    StreamSource(dut, "reads", shape=ReadRun).send(as_read_runs([(first, 1000)]))
     await ClockCycles(dut.clk, 200)
     assert sum(count for _, count in memory.reads) == bench_parameters()["fifo_beats"] - first  # whole bursts only
     sink.stall = Stall.NEVER
@@ -184,7 +190,7 @@ async def counts_beats(dut):
     AxiMemory(dut, "axi", bytearray(SIZE), stall=Stall.HALF)
     counts = [0, 0]
     StreamSink(dut, "beats")
-    StreamSource(dut, "reads", shape=Run).send(as_runs([(0, 33), (100, 7)]))
+    StreamSource(dut, "reads", shape=ReadRun).send(as_read_runs([(0, 33), (100, 7)]))
     StreamSource(dut, "writes", shape=Run).send(as_runs([(0, 21)]))
     StreamSource(dut, "data").send(range(30))
     for _ in range(400):

@@ -12,7 +12,7 @@ from axi_memory import DECERR, SLVERR, AxiMemory
 from cocotb.clock import Clock
 from cocotb.triggers import ClockCycles, RisingEdge
 from skipopu.hw.blocks.axi import Axi4, connect_axi
-from skipopu.hw.blocks.axi_read import AxiReader, Beat, Run
+from skipopu.hw.blocks.axi_read import AxiReader, Beat, ReadRun, Run
 from skipopu.hw.blocks.axi_write import AxiWriter
 from skipopu.hw.blocks.crossing import PortCrossing
 from skipopu.hw.config import preset
@@ -32,7 +32,7 @@ class Port(wiring.Component):
         self.config = config
         self.crossing = PortCrossing(core_bits=config.port_bits, memory_bits=memory_bits, memory_burst=BURST)
         super().__init__({
-            "reads": In(stream.Signature(Run)), "beats": Out(stream.Signature(Beat(config))),
+            "reads": In(stream.Signature(ReadRun)), "beats": Out(stream.Signature(Beat(config))),
             "writes": In(stream.Signature(Run)), "data": In(stream.Signature(config.port_bits)),
             "busy": Out(1), "error": Out(1), "memory": Out(Axi4(memory_bits)),
             "memory_clk": In(1), "memory_rst": In(1),
@@ -90,7 +90,7 @@ async def open_memory(dut, image, *, period, **options):
 async def read(dut, runs, *, stall=Stall.NEVER, sink_stall=Stall.NEVER, seed=0):
     layout = Beat(dataclasses.replace(preset("tiny"), port_bits=8 * beat_bytes()))
     sink = StreamSink(dut, "beats", shape=layout, stall=sink_stall, seed=seed)
-    StreamSource(dut, "reads", shape=Run, stall=stall, seed=seed).send(as_runs(runs))
+    StreamSource(dut, "reads", shape=ReadRun, stall=stall, seed=seed).send(run | {"kv": 0} for run in as_runs(runs))
     got = await sink.take(sum(count for _, count in runs))
     assert await sink.rest() == []
     return got, sink.cycles

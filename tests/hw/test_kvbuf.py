@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import cocotb
 import numpy as np
 import pytest
 from amaranth.back import rtlil
 from cocotb.triggers import ClockCycles, RisingEdge
-from skipopu.hw.blocks.kvbuf import KvBuffer, KvRequest, KvTile, KvWrite
+from skipopu.hw.blocks.kvbuf import KvBuffer, KvRequest, KvTile
+from skipopu.hw.blocks.kvintake import KvRecord, KvShape
 from skipopu.hw.config import PRESETS, OverlayConfig, preset
 from skipopu.sim.bench import Stall, StreamSink, StreamSource, bench, bench_parameters, cycle, run_bench
 
@@ -35,16 +37,39 @@ def make_records(config, rng, heads, head_dim):
     return records
 
 
-def superbeats(config, records, record):
-    """The words of a KV tile, as KvWrite: beat b of tokens r*P .. r*P + P-1 at r*record + b; padding is noise."""
-    tokens = records.shape[0]
-    words = np.full((tokens, record, config.beat_elements), 0x5555, np.uint16)
-    used = records.reshape(tokens, -1, config.beat_elements)
-    words[:, :used.shape[1]] = used
-    words = words.reshape(tokens // config.ports, config.ports, record, -1).transpose(0, 2, 1, 3)
-    flat = words.reshape(-1, config.ports * config.beat_elements)
-    return [{"data": int.from_bytes(line.astype("<u2").tobytes(), "little"), "last": i == len(flat) - 1}
-            for i, line in enumerate(flat)]
+class Writer:
+    """Sends tiles, as the load unit does, each port at its own pace."""
+
+    def __init__(self, dut, config, *, stall=Stall.NEVER, seed=0):
+        self.config, self.number = config, 0
+        self.shape = StreamSource(dut, "shape", shape=KvShape(config), stall=stall, seed=seed)
+        self.records = [StreamSource(dut, f"records__{p}", shape=KvRecord(config), stall=stall * (p % 2), seed=seed)
+                        for p in range(config.ports)]
+        self.beats = [StreamSource(dut, f"beats__{p}", stall=stall, seed=seed) for p in range(config.ports)]
+
+    def send(self, records, record, *, one_by_one=False, tokens=None):
+        """A tile of the first ``tokens`` of ``records`` (a whole one if None), with ``record`` beats each; padding is
+        noise. one_by_one : each record for itself, and none that is beyond tokens"""
+        config = self.config
+        tokens = len(records) if tokens is None else tokens
+        words = np.full((len(records), record, config.beat_elements), 0x5555, np.uint16)
+        used = records.reshape(len(records), -1, config.beat_elements)
+        words[:, :used.shape[1]] = used
+        rows, rest = -(-tokens // config.ports), tokens % config.ports if one_by_one else 0
+        every = (1 << config.ports) - 1
+        self.shape.send([{"heads": records.shape[2], "head_beats": records.shape[3] // config.beat_elements,
+                          "record": record, "rows": rows, "last": (1 << rest) - 1 if rest else every}])
+        for p in range(config.ports):
+            count = rows - (rest != 0 and p >= rest)
+            runs = [(row, 1) for row in range(count)] if one_by_one else [(0, count)]
+            self.records[p].send({"tile": self.number % 16, "row": row, "rows": length} for row, length in runs)
+            self.beats[p].send(int.from_bytes(line.astype("<u2").tobytes(), "little")
+                               for row in range(count) for line in words[row * config.ports + p])
+        self.number += 1
+
+    async def sent(self):
+        for source in self.beats:
+            await source.sent()
 
 
 def expected_tile(config, mantissas, value, head, n, k):
@@ -79,14 +104,6 @@ async def pulse(dut, signal):
     signal.value = 0
 
 
-async def write_tile(dut, config, source, records, record):
-    """Send a tile whose dimensions the side signals announce, as the load unit does; return when it is written."""
-    dut.heads.value, dut.record.value = records.shape[2], record
-    dut.head_beats.value = records.shape[3] // config.beat_elements
-    source.send(superbeats(config, records, record))
-    await source.sent()
-
-
 def shapes(config, rng):
     """(heads, head_dim, record): corners of the capacity first."""
     heads_of = {1: config.kvbuf_heads, 2: config.kvbuf_heads // 2}
@@ -100,34 +117,106 @@ def shapes(config, rng):
         yield int(heads), int(blocks * config.lanes), int(2 * heads * blocks * config.lanes // config.beat_elements)
 
 
+async def exponents_of(dut, config, slot, part, head):
+    side = "kv"[part]
+    getattr(dut, f"{side}_slot").value, getattr(dut, f"{side}_head").value = slot, head
+    await ClockCycles(dut.clk, 2)
+    return as_exponents(getattr(dut, f"{side}_exponents").value.to_unsigned(), config.tile_tokens)
+
+
 @bench(stall=Stall, seed=[1], timeout_cycles=100_000)
 async def tiles_match_the_model(dut, stall, seed):
     config = config_of_bench()
     rng = np.random.default_rng(seed)
     sink = StreamSink(dut, "tile", shape=KvTile(config), stall=stall, seed=seed)
     requests = StreamSource(dut, "request", shape=KvRequest(config), stall=stall, seed=seed)
-    source = StreamSource(dut, "write", shape=KvWrite(config), stall=stall, seed=seed)
+    writer = Writer(dut, config, stall=stall, seed=seed)
     for index, (heads, head_dim, record) in enumerate(shapes(config, rng)):
         slot = index % 2
         records = make_records(config, rng, heads, head_dim)
         exponents, mantissas = KvBuffer.model(records)
         asked = all_requests(config, slot, heads, head_dim)
         requests.send(asked)  # before the tile is there
-        await write_tile(dut, config, source, records, record)
+        writer.send(records, record, one_by_one=index % 3 == 1)
         for request in asked:
             want = expected_tile(config, mantissas, *(request[name] for name in ("value", "head", "n", "k")))
             got = await sink.take(len(want))
             assert got == want, f"{(heads, head_dim, record)} {request}"
         assert int(dut.full.value) == 1 << slot
         for head in range(heads):
-            for part, side in enumerate("kv"):
-                getattr(dut, f"{side}_slot").value, getattr(dut, f"{side}_head").value = slot, head
-                await ClockCycles(dut.clk, 2)
-                got = as_exponents(getattr(dut, f"{side}_exponents").value.to_unsigned(), config.tile_tokens)
-                assert got == exponents[:, part, head].tolist()
+            for part in range(2):
+                assert await exponents_of(dut, config, slot, part, head) == exponents[:, part, head].tolist()
         await pulse(dut, dut.release)
     assert await sink.rest() == []
     assert int(dut.full.value) == 0
+
+
+@bench(stall=[Stall.NEVER, Stall.HALF])
+async def a_short_tile_is_full_with_its_last_record(dut, stall):
+    """Every number of tokens; a port without a record in the last row is not waited for."""
+    config = config_of_bench()
+    rng = np.random.default_rng(6)
+    records = make_records(config, rng, 1, config.lanes)
+    record = 2 * config.lanes // config.beat_elements
+    exponents, mantissas = KvBuffer.model(records)
+    writer = Writer(dut, config, stall=stall)
+    sink = StreamSink(dut, "tile", shape=KvTile(config))
+    requests = StreamSource(dut, "request", shape=KvRequest(config))
+    done = []
+    cocotb.start_soon(count_pulses(dut, dut.done, done))
+    for index, tokens in enumerate(range(1, config.tile_tokens + 1)):
+        slot = index % 2
+        writer.send(records, record, one_by_one=True, tokens=tokens)
+        while len(done) <= index:
+            await RisingEdge(dut.clk)
+        await RisingEdge(dut.clk)
+        assert dut.full.value.to_unsigned() == 1 << slot
+        for part in range(2):
+            got = await exponents_of(dut, config, slot, part, 0)
+            assert got[:tokens] == exponents[:tokens, part, 0].tolist()
+        asked = all_requests(config, slot, 1, config.lanes)[:config.tile_tokens // config.columns]  # all keys
+        requests.send(asked)
+        for request in asked:
+            want = expected_tile(config, mantissas, 0, 0, request["n"], 0)
+            got = await sink.take(len(want))
+            for beat, (line, expected) in enumerate(zip(got, want)):
+                row = request["n"] * config.columns + beat // (config.lanes // config.beat_elements) * config.ports
+                there = max(min(tokens - row, config.ports), 0) * config.beat_elements
+                assert line["data"][:there] == expected["data"][:there]
+        await pulse(dut, dut.release)
+
+
+async def count_pulses(dut, signal, counts):
+    while True:
+        await RisingEdge(dut.clk)
+        if signal.value:
+            counts.append(cycle())
+
+
+@bench()
+async def ports_write_at_their_own_pace(dut):
+    """One may be a tile ahead of another; the tiles are full in their order."""
+    config = config_of_bench()
+    rng = np.random.default_rng(7)
+    tiles = [make_records(config, rng, 1, config.lanes) for _ in range(4)]
+    record = 2 * config.lanes // config.beat_elements
+    writer = Writer(dut, config)
+    done = []
+    cocotb.start_soon(count_pulses(dut, dut.done, done))
+    writer.beats[-1].stall = 1.0
+    for tile in tiles:
+        writer.send(tile, record, one_by_one=True)
+    for source in writer.beats[:-1]:
+        while len(source._queue) > 2 * len(tiles[0]) // config.ports * record:
+            await RisingEdge(dut.clk)
+    await ClockCycles(dut.clk, 50)
+    assert not done and dut.full.value.to_unsigned() == 0
+    writer.beats[-1].stall = Stall.NEVER
+    while len(done) < 2:
+        await RisingEdge(dut.clk)
+    assert done[1] - done[0] >= len(tiles[0]) // config.ports * record  # the slow port alone made them wait
+    for slot in (0, 1):
+        assert await exponents_of(dut, config, slot, 0, 0) == KvBuffer.model(tiles[slot])[0][:, 0, 0].tolist()
 
 
 @bench()
@@ -136,13 +225,12 @@ async def holds_two_tiles_and_fills_one_while_the_other_is_read(dut):
     rng = np.random.default_rng(3)
     tiles = [make_records(config, rng, 2, config.lanes) for _ in range(3)]
     record = 4 * config.lanes // config.beat_elements
-    dut.heads.value, dut.record.value, dut.head_beats.value = 2, record, config.lanes // config.beat_elements
-    source = StreamSource(dut, "write", shape=KvWrite(config))
-    length = len(superbeats(config, tiles[0], record))
+    writer = Writer(dut, config)
     for tile in tiles:
-        source.send(superbeats(config, tile, record))
-    await ClockCycles(dut.clk, 3 * length + 20)
-    assert int(dut.full.value) == 3 and int(dut.write__ready.value) == 0
+        writer.send(tile, record)
+    await ClockCycles(dut.clk, 3 * len(tiles[0]) // config.ports * record + 20)
+    assert int(dut.full.value) == 3
+    assert not any(int(getattr(dut, f"beats__{p}__ready").value) for p in range(config.ports))
     sink = StreamSink(dut, "tile", shape=KvTile(config))
     requests = StreamSource(dut, "request", shape=KvRequest(config))
     for index, tile in enumerate(tiles):
@@ -153,7 +241,7 @@ async def holds_two_tiles_and_fills_one_while_the_other_is_read(dut):
                 for line in expected_tile(config, KvBuffer.model(tile)[1], r["value"], r["head"], r["n"], r["k"])]
         assert await sink.take(len(want)) == want
         await pulse(dut, dut.release)  # the third tile moves in
-    await source.sent()
+    await writer.sent()
 
 
 @bench()
@@ -161,11 +249,12 @@ async def delivers_a_superbeat_in_every_cycle(dut):
     config = config_of_bench()
     rng = np.random.default_rng(4)
     records = make_records(config, rng, 2, 2 * config.lanes)
-    source = StreamSource(dut, "write", shape=KvWrite(config))
+    writer = Writer(dut, config)
     started = cycle()
-    await write_tile(dut, config, source, records, 8 * config.lanes // config.beat_elements)
+    writer.send(records, 8 * config.lanes // config.beat_elements)
+    await writer.sent()
     written = cycle() - started
-    assert written <= config.tile_tokens // config.ports * 8 * config.lanes // config.beat_elements + 1
+    assert written <= config.tile_tokens // config.ports * 8 * config.lanes // config.beat_elements + 2
     await ClockCycles(dut.clk, 10)
     sink = StreamSink(dut, "tile", shape=KvTile(config))
     asked = all_requests(config, 0, 2, 2 * config.lanes)
@@ -194,7 +283,8 @@ def test_model_rounds_halves_away_from_zero():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tiles(name):
     config = CONFIGS[name]
-    run_bench(KvBuffer(config=config), tiles_match_the_model, holds_two_tiles_and_fills_one_while_the_other_is_read,
+    run_bench(KvBuffer(config=config), tiles_match_the_model, a_short_tile_is_full_with_its_last_record,
+              ports_write_at_their_own_pace, holds_two_tiles_and_fills_one_while_the_other_is_read,
               delivers_a_superbeat_in_every_cycle, parameters=dataclasses.asdict(config))
 
 

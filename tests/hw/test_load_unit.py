@@ -1,26 +1,148 @@
 """LoadUnit delivers what its numpy model says, in order and without gaps, and stops at faults."""
 
 import dataclasses
+from collections import deque
 
 import cocotb
 import numpy as np
 import pytest
 from amaranth.back import rtlil
+from amaranth.hdl import Module
+from amaranth.lib import data, wiring
+from amaranth.lib.wiring import In
 from axi_memory import SLVERR, AxiMemory
-from cocotb.triggers import ClockCycles, RisingEdge
+from cocotb.triggers import ClockCycles, FallingEdge, RisingEdge
 from commands import as_command, command_source
-from skipopu.hw.blocks.command import Fault, Written
-from skipopu.hw.blocks.kvbuf import KvWrite
+from skipopu.hw.blocks.command import Fault, PlaceAnswer, PlaceRequest
+from skipopu.hw.blocks.history import History
+from skipopu.hw.blocks.kvintake import KvRecord, KvShape
 from skipopu.hw.blocks.load import AbufWrite, LoadUnit
 from skipopu.hw.config import PRESETS, OverlayConfig, preset
-from skipopu.hw.isa import MAX_LAYERS, ROUTER_ROWS_AT
+from skipopu.hw.isa import ROUTER_ROWS_AT
 from skipopu.hw.registers import FaultCause
-from skipopu.sim.bench import Stall, StreamSink, bench, bench_parameters, cycle, pack, run_bench, unpack
+from skipopu.sim.bench import (
+    Stall,
+    StreamSink,
+    StreamSource,
+    Watch,
+    bench,
+    bench_parameters,
+    cycle,
+    pack,
+    reset,
+    run_bench,
+    unpack,
+)
 
 TINY = preset("tiny")
-WIDE = dataclasses.replace(TINY, name="wide", ports=8, fifo_beats=256, outstanding=16)  # four ABUF rows in a superbeat
-SUPERBEATS = 4096
+WIDE = dataclasses.replace(  # four ABUF rows in a superbeat
+    TINY, name="wide", ports=8, fifo_beats=256, outstanding=16, history_layers=16)
+SUPERBEATS = 16384
 LAYERS = 10
+PLACES = 1000
+
+
+class DamagedHistory(History):
+    """A history in whose masks and pointers bits flip: of row ``row``, those of ``bits``, where ``strike`` is set."""
+
+    def __init__(self, *, config, strike):
+        super().__init__(config=config)
+        self.strike = strike
+
+    def table(self, m, name, shape, depth):
+        memory = super().table(m, name, shape, depth)
+        read, write = memory.read_port(domain="comb"), memory.write_port()
+        m.d.comb += [read.addr.eq(self.strike.row), write.addr.eq(self.strike.row), write.en.eq(self.strike[name]),
+                     write.data.eq(read.data ^ self.strike.bits)]
+        return memory
+
+
+class DamagedLoadUnit(LoadUnit):
+    def history(self):
+        return DamagedHistory(config=self.config, strike=self.strike)
+
+
+class Damaged(wiring.Component):
+    """A load unit with such a history."""
+
+    def __init__(self, *, config):
+        self.load = DamagedLoadUnit(config=config)
+        strike = data.StructLayout({f"{name}{p}": 1 for name in ("masks", "pointers") for p in range(config.ports)}
+                                   | {"row": 16, "bits": 65})
+        super().__init__(dict(self.load.signature.members) | {"strike": In(strike)})
+        self.load.strike = self.strike
+        for name in self.load.signature.members:
+            setattr(self, name, getattr(self.load, name))
+
+    def elaborate(self, platform):
+        m = Module()
+        m.submodules.load = self.load
+        return m
+
+
+class Pointers:
+    """What the history must know: the place of each position in each layer, and what comes next in each port."""
+
+    def __init__(self, config):
+        self.config, self.following, self.of = config, [0] * config.ports, {}
+
+    def store(self, position, layer):
+        if position == layer == 0:
+            self.following = [0] * self.config.ports
+        port = position % self.config.ports
+        before = {} if layer == 0 else self.of.get(position, {})
+        self.of[position] = before | {layer: self.following[port]}
+        self.following[port] += 1
+        return self.following[port] - 1
+
+    def place(self, layer):
+        """The function from a position to the place of the record that ``layer`` reads."""
+        def find(position):
+            places = self.of[position]
+            return places[max(written for written in places if written <= layer)]
+        return find
+
+
+class Intake:
+    """Takes the records of one port, each entry of ``records`` with the last of its beats.
+
+    lengths : of the records of each tile so far; cycles : of each beat; stall may be changed while running
+    """
+
+    def __init__(self, dut, p, config, lengths, *, stall, seed):
+        self.dut, self.layout, self.lengths, self.stall = dut, KvRecord(config), lengths, stall
+        self.cycles, self.received, self.beats = [], deque(), []
+        self._random = np.random.default_rng([seed, p])
+        self._records, self._kv = ([getattr(dut, f"{name}__{p}__{part}") for part in ("valid", "ready", "payload")]
+                                   for name in ("records", "kv"))
+        for name in ("records", "kv"):
+            Watch(dut, f"{name}__{p}")
+        cocotb.start_soon(self._run())
+
+    async def take(self):
+        """The next entry and its beats."""
+        while not self.received:
+            await RisingEdge(self.dut.clk)
+        return self.received.popleft()
+
+    async def _run(self):
+        number, (valid, ready, payload), (kv_valid, kv_ready, kv_payload) = 0, self._records, self._kv
+        while True:
+            await FallingEdge(self.dut.clk)  # what is offered is settled
+            if self.dut.rst.value:
+                number, self.beats = 0, []
+            entry = unpack(self.layout, payload.value.to_unsigned()) if valid.value else None
+            if entry and entry["tile"] != number % 16:
+                number += 1
+            go = entry and kv_valid.value and number < len(self.lengths) and self._random.random() >= self.stall
+            if go:
+                self.beats.append(kv_payload.value.to_unsigned())
+                self.cycles.append(cycle())
+            ends = go and len(self.beats) == entry["rows"] * self.lengths[number]
+            if ends:
+                self.received.append((entry, self.beats))
+                self.beats = []
+            kv_ready.value, ready.value = int(bool(go)), int(bool(ends))
 
 
 class Bench:
@@ -40,10 +162,23 @@ class Bench:
                                         latency=latency, stall=stall, seed=seed, errors=refused))
         dut.limit.value = SUPERBEATS
         self.source = None
-        self.history = [0] * config.history_tokens  # layers that wrote each position, as bits
+        self.pointers = Pointers(config)
         self.weights = StreamSink(dut, "weights", stall=sink_stall, seed=seed)
         self.abuf = StreamSink(dut, "abuf", shape=AbufWrite(config), stall=sink_stall, seed=seed)
-        self.kv = StreamSink(dut, "kv", shape=KvWrite(config), stall=sink_stall, seed=seed)
+        self.tiles = StreamSink(dut, "tile", shape=KvShape(config), stall=sink_stall, seed=seed)
+        self.lengths = []  # of the records of each tile that was announced
+        self.kv = [Intake(dut, p, config, self.lengths, stall=sink_stall, seed=seed) for p in range(config.ports)]
+        cocotb.start_soon(self._watch_tiles())
+        self.number = 0  # of the next tile
+        self.places = StreamSource(dut, "places", shape=PlaceRequest)
+
+    async def _watch_tiles(self):
+        while True:
+            await RisingEdge(self.dut.clk)
+            if self.dut.rst.value:
+                self.lengths.clear()
+            elif self.dut.tile__valid.value and self.dut.tile__ready.value:
+                self.lengths.append(unpack(KvShape(self.config), self.dut.tile__payload.value.to_unsigned())["record"])
 
     def send(self, commands, **options):
         """Send (mnemonic, fields), once more or at first; stall and seed are those of the first time."""
@@ -53,22 +188,27 @@ class Bench:
             self.source = command_source(self.dut, self.config, commands, **options)
 
     def model(self, name, fields):
-        return LoadUnit.model(self.config, self.memory, name, self.history, **fields)
+        place = self.pointers.place(fields["layer"]) if fields.get("reuse") else None
+        return LoadUnit.model(self.config, self.memory, name, place, **fields)
 
-    async def note(self, written):
-        """Records were written: (position, layer), one a cycle."""
-        for position, layer in written:
-            self.dut.history.value = pack(Written, {"valid": 1, "position": position, "layer": layer})
-            if position < len(self.history):
-                self.history[position] = (self.history[position] if layer else 0) | 1 << layer
+    async def ask(self, position, layer, places=PLACES):
+        """Ask for the place of a record; returns the answer, (cause, place)."""
+        self.places.send([{"position": position, "layer": layer, "places": places}])
+        while not (answer := unpack(PlaceAnswer, self.dut.place.value.to_unsigned()))["valid"]:
             await RisingEdge(self.dut.clk)
-        self.dut.history.value = 0
+        await RisingEdge(self.dut.clk)
+        return answer["cause"], answer["place"]
 
-    async def random_history(self, rng, layers):
-        """Every position written by layer 0 and by some other layers, in the order of layers."""
-        positions = range(len(self.history))
+    async def store(self, written):
+        """Give places to (position, layer), one after the other."""
+        for position, layer in written:
+            assert await self.ask(position, layer) == (FaultCause.NONE, self.pointers.store(position, layer))
+
+    async def store_at_random(self, rng, layers, count=None):
+        """The first ``count`` positions written by layer 0 and by some other layers, in the order of layers."""
         for layer in range(layers):
-            await self.note([(q, layer) for q in positions if layer == 0 or rng.random() < 0.2])
+            await self.store([(q, layer) for q in range(count or self.config.history_tokens)
+                              if layer == 0 or rng.random() < 0.2])
 
     async def check(self, name, fields):
         want = self.model(name, fields)
@@ -78,8 +218,24 @@ class Bench:
             got = await self.abuf.take(len(want))
             assert got == [{"addr": row, "data": as_int(line)} for row, line in want]
         else:
-            got = await self.kv.take(len(want))
-            assert got == [{"data": as_int(line), "last": int(i == len(want) - 1)} for i, line in enumerate(want)]
+            await self.check_tile(fields, want)
+
+    async def check_tile(self, fields, want):
+        config, record, reuse = self.config, fields["record"], fields.get("reuse", 0)
+        count = min(fields["rows"], config.tile_tokens)
+        rows, rest = -(-count // config.ports), count % config.ports
+        every = (1 << config.ports) - 1
+        assert await self.tiles.take(1) == [{"heads": fields["heads"], "head_beats": fields["head_beats"], "rows": rows,
+                                             "record": record, "last": (1 << rest) - 1 if rest and reuse else every}]
+        for p, port in enumerate(want):
+            lists = [(row, 1) for row in range(len(port))] if reuse else [(0, rows)]
+            for row, rows in lists:
+                beats = [as_int(line) for line in port[row:row + rows].reshape(-1, port.shape[2])]
+                assert await self.kv[p].take() == ({"tile": self.number % 16, "row": row, "rows": rows}, beats)
+        self.number += 1
+        self.dut.tile_done.value = 1
+        await RisingEdge(self.dut.clk)
+        self.dut.tile_done.value = 0
 
     async def fault(self):
         while not (fault := unpack(Fault, self.dut.fault.value.to_unsigned()))["valid"]:
@@ -87,7 +243,8 @@ class Bench:
         return {name: fault[name] for name in ("cause", "port", "pc")}
 
     async def nothing_more(self):
-        assert [await sink.rest() for sink in (self.weights, self.abuf, self.kv)] == [[], [], []]
+        assert [await sink.rest() for sink in (self.weights, self.abuf)] == [[], []]
+        assert not any(intake.received for intake in self.kv)
 
 
 def as_int(line):
@@ -106,8 +263,12 @@ def make_commands(config, rng, count):
         ("loada", {"imm": 9, "rows": 2, "x": 3, "count": 3, "beats": 2 * parts, "dst_stride": 100}),
         ("loada", {"imm": 9, "rows": 2, "x": ROUTER_ROWS_AT - (1 << 16), "count": 1, "beats": parts,
                    "dst_stride": config.router_rows - parts}),
-        ("loadkv", {"imm": 77, "heads": 1, "head_beats": block, "record": 2 * block}),
-        ("loadkv", {"imm": 0, "heads": config.kvbuf_heads // 2, "head_beats": 2 * block,
+        ("loadkv", {"imm": 77, "rows": config.tile_tokens, "heads": 1, "head_beats": block, "record": 2 * block}),
+        ("loadkv", {"imm": 1, "rows": 1, "heads": 1, "head_beats": block, "record": 2 * block}),
+        *(("loadkv", {"imm": 7, "rows": rows, "heads": 1, "head_beats": block, "record": 2 * block + 1, "reuse": 1,
+                      "layer": 3, "x": config.ports})
+          for rows in (1, 2, config.ports + 1, config.tile_tokens - 1, 4095)),
+        ("loadkv", {"imm": 0, "rows": config.ports + 1, "heads": config.kvbuf_heads // 2, "head_beats": 2 * block,
                     "record": 2 * config.kvbuf_heads * block}),
     ]
     for _ in range(count):
@@ -122,24 +283,22 @@ def make_commands(config, rng, count):
         else:
             heads = int(rng.integers(1, 3))
             yield "loadkv", {"imm": imm, "heads": heads, "head_beats": block,
+                             "rows": int(rng.integers(1, 2 * config.tile_tokens)),
                              "record": 2 * heads * block + int(rng.integers(3))} | reused(config, rng)
 
 
 def reused(config, rng):
-    """Fields of a LOADKV that follows the history, in half of all cases."""
+    """Fields of a LOADKV that follows the pointers, in half of all cases."""
     if rng.integers(2):
         return {}
-    stride = int(rng.integers(1, SUPERBEATS // 3 // LAYERS))
     first = int(rng.integers(0, config.history_tokens - config.tile_tokens + 1))
-    return {"reuse": 1, "x": first // config.ports * config.ports, "layer": int(rng.integers(LAYERS)),
-            "layer_stride": stride}
+    return {"reuse": 1, "x": first // config.ports * config.ports, "layer": int(rng.integers(LAYERS))}
 
 
 async def count_pulses(dut, signal, counts):
     while True:
         await RisingEdge(dut.clk)
-        if signal.value:
-            counts.append(cycle())
+        counts += [cycle()] * int(signal.value)
 
 
 def count(dut, name):
@@ -153,14 +312,14 @@ async def delivers_what_the_model_says(dut, stall, seed):
     b = Bench(dut, stall=stall / 2, sink_stall=stall, seed=seed)
     done, weights_read, kv_read = (count(dut, name) for name in ("done", "weights_read", "kv_read"))
     rng = np.random.default_rng(seed)
-    await b.random_history(rng, LAYERS)
+    await b.store_at_random(rng, LAYERS)
     commands = list(make_commands(b.config, rng, 16))
     b.send(commands, stall=stall, seed=seed)
     for name, fields in commands:
         await b.check(name, fields)
     await ClockCycles(dut.clk, 50)
     assert len(done) == len(commands) and not dut.busy.value
-    assert (len(weights_read), len(kv_read)) == (len(b.weights.cycles), len(b.kv.cycles))
+    assert (len(weights_read), len(kv_read)) == (len(b.weights.cycles), sum(len(sink.cycles) for sink in b.kv))
     await b.nothing_more()
 
 
@@ -198,20 +357,34 @@ async def reads_ahead_across_commands(dut):
 
 
 @bench()
-async def announces_the_shape_of_a_kv_tile(dut):
-    b = Bench(dut, sink_stall=Stall.HALF)
-    block = b.config.lanes // b.config.beat_elements
-    b.send([("loadkv", {"imm": 64 * i, "heads": i, "head_beats": block * i, "record": 2 * block * i * i + 1})
-            for i in (1, 2, 1)])
-    tiles = []
-    while len(tiles) < 3:
-        await RisingEdge(dut.clk)
-        if dut.kv__valid.value and dut.kv__ready.value:
-            shape = tuple(getattr(dut, f"kv_{name}").value.to_unsigned() for name in ("heads", "head_beats", "record"))
-            assert shape in [(i, block * i, 2 * block * i * i + 1) for i in (1, 2)]
-            if unpack(KvWrite(b.config), dut.kv__payload.value.to_unsigned())["last"]:
-                tiles.append(shape[0])
-    assert tiles == [1, 2, 1]
+async def ports_run_ahead_of_one_another(dut):
+    """A port whose records nobody takes stops no other one, until its queue is full."""
+    b, rng = Bench(dut), np.random.default_rng(5)
+    await b.store_at_random(rng, 3)
+    commands = [tile(TINY.tile_tokens * i, 2) for i in range(2)]
+    b.kv[0].stall = 1.0
+    b.send(commands)
+    for _ in range(2 * TINY.tile_tokens // TINY.ports):
+        await b.kv[1].take()
+    assert not b.kv[0].cycles
+
+
+@bench()
+async def is_done_in_order(dut):
+    """A LOADW behind a tile that is not complete is not done before it."""
+    b = Bench(dut)
+    done = count(dut, "done")
+    load = ("loadw", {"imm": 5, "count": 3})
+    b.send([load, ("loadkv", {"imm": 0, "rows": 1, "heads": 1, "head_beats": 2, "record": 4}), load, load])
+    for _ in range(3):
+        await b.check(*load)
+    await ClockCycles(dut.clk, 50)
+    assert len(done) == 1 and dut.busy.value
+    dut.tile_done.value = 1
+    await RisingEdge(dut.clk)
+    dut.tile_done.value = 0
+    await ClockCycles(dut.clk, 10)
+    assert len(done) == 4 and not dut.busy.value
 
 
 @bench(port=[0, 1])
@@ -224,11 +397,22 @@ async def stops_at_a_read_error(dut, port):
     await b.nothing_more()
 
 
+@bench(port=[0, 1])
+async def stops_at_a_read_error_of_a_record(dut, port):
+    """The other ports may go on; of the faulty one nothing more is seen."""
+    b = Bench(dut, errors=[(port, 130)])
+    fields = {"rows": 4 * TINY.ports, "heads": 1, "head_beats": 2, "record": 4}
+    b.send([("loadkv", {"imm": imm} | fields) for imm in (0, 120, 40)])
+    assert await b.fault() == {"cause": FaultCause.READ_ERROR, "port": port, "pc": 101}
+    await ClockCycles(dut.clk, 50)
+    assert [len(sink.cycles) for sink in b.kv] == [26 if p == port else 48 for p in range(TINY.ports)]
+
+
 @bench(command=[
     ("loadw", {"imm": SUPERBEATS - 9, "count": 10}), ("loadw", {"imm": -1, "count": 1}),
     ("loada", {"imm": SUPERBEATS - 5, "rows": 2, "x": 0, "count": 3, "beats": 1, "dst_stride": 0}),
     ("loada", {"imm": 0, "rows": 4095, "x": 0, "count": 65535, "beats": 1, "dst_stride": 0}),
-    ("loadkv", {"imm": SUPERBEATS - 10, "heads": 1, "head_beats": 2, "record": 8}),
+    ("loadkv", {"imm": SUPERBEATS - 10, "rows": 2 * TINY.ports, "heads": 1, "head_beats": 2, "record": 8}),
 ])
 async def refuses_addresses_beyond_the_limit(dut, command):
     b = Bench(dut)
@@ -239,49 +423,46 @@ async def refuses_addresses_beyond_the_limit(dut, command):
     assert all(address < port.base + SUPERBEATS * 8 for port in b.ports for address, _ in port.reads)
 
 
-def tile(first, layer, *, imm=0, layer_stride=0, heads=1):
-    """A LOADKV that follows the history."""
-    return "loadkv", {"imm": imm, "x": first, "layer": layer, "layer_stride": layer_stride, "heads": heads,
+def tile(first, layer, *, imm=0, heads=1, rows=TINY.tile_tokens):
+    """A LOADKV that follows the pointers."""
+    return "loadkv", {"imm": imm, "x": first, "rows": rows, "layer": layer, "heads": heads,
                       "head_beats": TINY.lanes // TINY.beat_elements, "reuse": 1,
                       "record": 2 * heads * TINY.lanes // TINY.beat_elements}
 
 
-@bench()
-async def follows_the_history(dut):
+@bench(timeout_cycles=50_000)
+async def follows_the_pointers(dut):
     """Each layer alone, the highest of several, none above the one that asks, all forgotten at layer 0."""
     b, rng = Bench(dut), np.random.default_rng(2)
-    tokens, every = TINY.tile_tokens, TINY.history_tokens
-    notes = [(q, 0) for q in range(every)]  # what earlier benches wrote is gone
-    notes += [(q, q % MAX_LAYERS) for q in range(tokens, every)]
-    notes += [(q, layer) for layer in (1, 5, 62, 63) for q in range(2 * tokens, every, 3)]
-    notes += [(q, layer) for layer in (0, 3) for q in range(3 * tokens, every, 5)]
-    # Beyond the history; the last of them has the low bits of a position inside.
-    notes += [(q, 7) for q in (every, every + 1, (1 << 16) - 1, 4 * every + 3)]
-    await b.note(notes)
+    tokens, every, layers = TINY.tile_tokens, TINY.history_tokens, TINY.history_layers
+    written = [(q, 0) for q in range(every)]
+    written += [(q, q % layers or 1) for q in range(tokens, every)]
+    written += [(q, layer) for layer in (1, 5, layers - 2, layers - 1) for q in range(2 * tokens, every, 3)]
+    written += [(q, layer) for layer in (0, 3) for q in range(3 * tokens, every, 5)]
+    await b.store(written)
     for first in range(0, every, tokens):
-        layers = [0, 1, 4, 5, 6, 61, 62, MAX_LAYERS - 1]
-        commands = [tile(first, layer, imm=int(rng.integers(1000)), layer_stride=48) for layer in layers]
+        commands = [tile(first, layer, imm=int(rng.integers(1000)))
+                    for layer in [0, 1, 4, 5, 6, layers - 3, layers - 2, layers - 1]]
         b.send(commands)
         for name, fields in commands:
             await b.check(name, fields)
 
 
 @bench(stall=[Stall.NEVER, Stall.HALF])
-async def notes_while_it_looks_up(dut, stall):
-    """Of other positions: control orders what concerns the same ones."""
+async def gives_places_while_it_looks_up(dut, stall):
+    """To other positions: control orders what concerns the same ones."""
     b, rng = Bench(dut, sink_stall=stall), np.random.default_rng(3)
     half = TINY.history_tokens // 2
-    await b.random_history(rng, 4)
-    commands = [tile(TINY.tile_tokens * i, 3, layer_stride=int(rng.integers(900))) for i in range(4)]
-    want = [(name, fields, b.model(name, fields)) for name, fields in commands]
+    await b.store_at_random(rng, 4)
+    commands = [tile(TINY.tile_tokens * i, 3) for i in range(4)]
+    want = [(fields, b.model(name, fields)) for name, fields in commands]
     b.send(commands)
-    for _ in range(300):
-        await b.note([(half + int(rng.integers(half)), int(rng.integers(1, 4)))])
+    for _ in range(80):
+        await b.store([(half + int(rng.integers(half)), int(rng.integers(1, 4)))])
         await ClockCycles(dut.clk, int(rng.integers(1, 4)))
-    for name, fields, before in want:
-        assert (b.model(name, fields) == before).all()
-        await b.check(name, fields)
-    late = [tile(half, 3, layer_stride=500), tile(TINY.history_tokens - TINY.tile_tokens, 3, layer_stride=77)]
+    for fields, before in want:
+        await b.check_tile(fields, before)
+    late = [tile(half, 3), tile(TINY.history_tokens - TINY.tile_tokens, 3)]
     b.send(late)
     for name, fields in late:
         await b.check(name, fields)
@@ -291,16 +472,17 @@ async def notes_while_it_looks_up(dut, stall):
 async def streams_records_of_many_layers_without_a_gap(dut, heads):
     config = OverlayConfig(**bench_parameters())
     b, rng = Bench(dut, latency={4: 5, 16: 32}[config.outstanding]), np.random.default_rng(4)
-    await b.random_history(rng, LAYERS)
-    commands = [tile(TINY.tile_tokens * i, LAYERS, imm=3 * i, layer_stride=200, heads=heads) for i in range(6)]
+    await b.store_at_random(rng, 6)
+    commands = [tile(TINY.tile_tokens * i, LAYERS, imm=3 * i, heads=heads) for i in range(6)]
     b.send(commands)
     for name, fields in commands:
         await b.check(name, fields)
-    gaps = b.kv.cycles[-1] - b.kv.cycles[0] + 1 - len(b.kv.cycles)
-    # A record takes four cycles to prepare, a command seven.
+    # A record takes four cycles to prepare, a command seven more.
     work = 7 + 4 * config.tile_tokens // config.ports
     pace = config.tile_tokens // config.ports * commands[0][1]["record"]
-    assert gaps <= max(work - pace, 0) * (len(commands) - 1), f"{gaps} cycles without a superbeat"
+    for sink in b.kv:
+        gaps = sink.cycles[-1] - sink.cycles[0] + 1 - len(sink.cycles)
+        assert gaps <= max(work - pace, 0) * (len(commands) - 1), f"{gaps} cycles without a beat"
 
 
 @bench(first=[-TINY.ports, TINY.history_tokens - TINY.tile_tokens + TINY.ports, TINY.history_tokens, 32766])
@@ -311,19 +493,93 @@ async def refuses_positions_beyond_the_history(dut, first):
     await b.nothing_more()
 
 
-@bench(port=[0, 1], imm=[-4, 0])
-async def refuses_records_beyond_the_limit(dut, port, imm):
-    """One record of the tile in layer 1, whose region ends a beat behind the memory."""
+@bench(port=[0, 1])
+async def refuses_records_beyond_the_limit(dut, port):
+    """The record of one port alone lies a beat behind the memory."""
     b = Bench(dut)
-    count, ports = TINY.tile_tokens // TINY.ports, TINY.ports
-    await b.note([(q, 0) for q in range(TINY.tile_tokens)])
-    await b.note([((count - 1) * ports + port, 1)])
-    at = SUPERBEATS - 4 * count  # the last place for a tile
-    b.send([tile(0, 1, imm=9, layer_stride=at - 9), tile(0, 1, imm=imm, layer_stride=at - imm + 1)])
-    await b.check(*tile(0, 1, imm=9, layer_stride=at - 9))
-    port = port if imm == 0 else 0
+    others = [(q, 0) for q in range(TINY.tile_tokens)]
+    await b.store([*others, (2 * TINY.ports + port, 1)])
+    last, record = b.pointers.place(1)(2 * TINY.ports + port), tile(0, 1)[1]["record"]
+    at = SUPERBEATS - (last + 1) * record
+    b.send([tile(0, 1, imm=at), tile(0, 1, imm=at + 1)])
+    await b.check(*tile(0, 1, imm=at))
     assert await b.fault() == {"cause": FaultCause.MEMORY_RANGE, "port": port, "pc": 101}
+    await ClockCycles(dut.clk, 50)
     assert all(address + 8 * length <= port.base + SUPERBEATS * 8 for port in b.ports for address, length in port.reads)
+
+
+def reads_of(b):
+    return [len(port.reads) for port in b.ports]
+
+
+@bench()
+async def refuses_pointers_of_no_sequence(dut):
+    """Before the first sequence, after a reset, and places that this sequence has not handed out."""
+    b = Bench(dut)
+    assert (await b.ask(1, 0))[0] == FaultCause.KV_POINTER
+    await b.store([(q, layer) for layer in range(3) for q in range(TINY.tile_tokens)])
+    await reset(dut)
+    b.send([tile(0, 2)])
+    assert (await b.fault())["cause"] == FaultCause.KV_POINTER
+    await reset(dut)
+    assert (await b.ask(3, 1))[0] == FaultCause.KV_POINTER
+    await b.store([(0, 0), (1, 0)])  # the masks and pointers of the others are still those of the sequence before
+    b.send([tile(0, 2, rows=TINY.ports + 1)])
+    assert (await b.fault())["cause"] == FaultCause.KV_POINTER
+    await b.kv[1].take()  # the row before
+    await b.kv[0].take()
+    await reset(dut)
+    await b.store([(q, 0) for q in range(TINY.ports + 1)])
+    b.number = 0
+    await b.tiles.rest()  # of the tiles that failed
+    b.send([tile(0, 5, rows=TINY.ports + 1)])
+    await b.check(*tile(0, 5, rows=TINY.ports + 1))
+
+
+@bench()
+async def hands_out_places_until_a_port_is_full(dut):
+    b, ports = Bench(dut), TINY.ports
+    for layer in range(2):
+        for position in range(3 * ports):
+            assert await b.ask(position, layer, 7) == (FaultCause.NONE, position // ports + 3 * layer)
+    assert await b.ask(ports + 1, 2, 7) == (FaultCause.NONE, 6)
+    assert await b.ask(1, 3, 7) == (FaultCause.KV_FULL, 7)
+    assert await b.ask(0, 3, 7) == (FaultCause.NONE, 6)
+    assert (await b.ask(0, 4, 7))[0] == FaultCause.KV_FULL
+    assert (await b.ask(TINY.history_tokens, 1))[0] == FaultCause.BUFFER_RANGE
+    assert await b.ask(0, 0, 1) == (FaultCause.NONE, 0)
+    assert (await b.ask(ports, 0, 1))[0] == FaultCause.KV_FULL
+    assert await b.ask(0, 0, 0) == (FaultCause.KV_FULL, 0)
+
+
+@bench()
+async def refuses_layers_beyond_the_history(dut):
+    b = Bench(dut)
+    layers = b.config.history_layers
+    assert await b.ask(0, 0) == (FaultCause.NONE, 0)
+    assert await b.ask(0, layers - 1) == (FaultCause.NONE, 1)
+    assert (await b.ask(0, layers))[0] == FaultCause.BUFFER_RANGE
+    b.send([tile(0, layers, rows=1)])
+    assert await b.fault() == {"cause": FaultCause.BUFFER_RANGE, "port": 0, "pc": 100}
+
+
+@bench(memory=["masks", "pointers"], bit=[0, 2, 5, 16], port=[0, 1])
+async def refuses_damaged_pointers(dut, memory, bit, port):
+    """One bit of a mask or of a pointer flips: nothing is read from the row on in which it is needed."""
+    b, row, layer = Bench(dut), 2, 3
+    await b.store([(q, n) for n in (0, 3) for q in range(TINY.tile_tokens)])
+    shape = Damaged(config=TINY).strike.shape()
+    dut.strike.value = pack(shape, {f"{memory}{port}": 1, "bits": 1 << bit, "row":
+                                    row if memory == "masks" else row * TINY.history_layers + layer})
+    await RisingEdge(dut.clk)
+    dut.strike.value = 0
+    b.send([tile(0, 3, rows=TINY.ports * row), tile(0, 3)])
+    await b.check(*tile(0, 3, rows=TINY.ports * row))
+    before = [len(sink.cycles) for sink in b.kv]
+    assert await b.fault() == {"cause": FaultCause.KV_POINTER, "port": port, "pc": 101}
+    await ClockCycles(dut.clk, 50)
+    record = tile(0, 3)[1]["record"]
+    assert [len(sink.cycles) for sink in b.kv] == [count + row * record for count in before]
 
 
 @bench(x=[-1, TINY.abuf_rows - 4, ROUTER_ROWS_AT - (1 << 16) + TINY.router_rows - 4])
@@ -339,9 +595,10 @@ async def refuses_kv_tiles_that_do_not_fit(dut, heads, head_beats):
     b = Bench(dut)
     fits = heads <= TINY.kvbuf_heads and 0 < heads * head_beats <= TINY.kvbuf_heads * TINY.lanes // TINY.beat_elements
     record = 2 * heads * head_beats or 1
-    b.send([("loadkv", {"imm": 0, "heads": heads, "head_beats": head_beats, "record": min(record, 65535)})])
+    fields = {"imm": 0, "rows": TINY.ports, "heads": heads, "head_beats": head_beats, "record": min(record, 65535)}
+    b.send([("loadkv", fields)])
     if fits:
-        await b.check("loadkv", {"imm": 0, "record": record})
+        await b.check("loadkv", fields)
     else:
         assert await b.fault() == {"cause": FaultCause.BUFFER_RANGE, "port": 0, "pc": 100}
         await b.nothing_more()
@@ -350,7 +607,7 @@ async def refuses_kv_tiles_that_do_not_fit(dut, heads, head_beats):
 @bench()
 async def refuses_heads_longer_than_their_record(dut):
     b = Bench(dut)
-    b.send([("loadkv", {"imm": 0, "heads": 2, "head_beats": 2, "record": 7})])
+    b.send([("loadkv", {"imm": 0, "rows": 1, "heads": 2, "head_beats": 2, "record": 7})])
     assert await b.fault() == {"cause": FaultCause.BUFFER_RANGE, "port": 0, "pc": 100}
 
 
@@ -368,20 +625,25 @@ async def tells_who_waits(dut):
 
 
 def test_tiny():
-    run_bench(LoadUnit(config=TINY), delivers_what_the_model_says, streams_a_superbeat_in_every_cycle,
-              reads_ahead_across_commands, announces_the_shape_of_a_kv_tile, stops_at_a_read_error,
-              refuses_addresses_beyond_the_limit, refuses_rows_beyond_their_buffer, follows_the_history,
-              notes_while_it_looks_up, streams_records_of_many_layers_without_a_gap,
-              refuses_positions_beyond_the_history, refuses_records_beyond_the_limit,
+    run_bench(Damaged(config=TINY), delivers_what_the_model_says, streams_a_superbeat_in_every_cycle,
+              reads_ahead_across_commands, ports_run_ahead_of_one_another, is_done_in_order, stops_at_a_read_error,
+              stops_at_a_read_error_of_a_record, refuses_addresses_beyond_the_limit, refuses_rows_beyond_their_buffer,
+              follows_the_pointers, gives_places_while_it_looks_up, streams_records_of_many_layers_without_a_gap,
+              refuses_positions_beyond_the_history, refuses_records_beyond_the_limit, refuses_pointers_of_no_sequence,
+              hands_out_places_until_a_port_is_full, refuses_damaged_pointers,
               refuses_kv_tiles_that_do_not_fit, refuses_heads_longer_than_their_record, tells_who_waits,
               parameters=dataclasses.asdict(TINY))
 
 
 def test_wide():
     run_bench(LoadUnit(config=WIDE), delivers_what_the_model_says, streams_short_commands_without_a_gap,
-              streams_records_of_many_layers_without_a_gap, parameters=dataclasses.asdict(WIDE))
+              streams_records_of_many_layers_without_a_gap, refuses_layers_beyond_the_history,
+              parameters=dataclasses.asdict(WIDE))
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_elaborates(name):
-    assert "module" in rtlil.convert(LoadUnit(config=preset(name)), name="top", emit_src=False)
+    """With few positions, since Amaranth writes every bit of a memory into its text."""
+    config = preset(name)
+    config = dataclasses.replace(config, history_tokens=config.tile_tokens)
+    assert "module" in rtlil.convert(LoadUnit(config=config), name="top", emit_src=False)

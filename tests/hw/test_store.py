@@ -9,15 +9,30 @@ from amaranth.back import rtlil
 from axi_memory import DECERR, SLVERR, AxiMemory
 from cocotb.triggers import ClockCycles, RisingEdge
 from commands import command_source
-from skipopu.hw.blocks.command import Fault, Written
+from skipopu.hw.blocks.command import Fault, PlaceAnswer, PlaceRequest
 from skipopu.hw.blocks.store import StoreUnit
 from skipopu.hw.config import PRESETS, OverlayConfig, preset
 from skipopu.hw.registers import FaultCause
-from skipopu.sim.bench import Stall, StreamSource, bench, bench_parameters, cycle, run_bench, unpack
+from skipopu.sim.bench import (
+    Stall,
+    StreamSink,
+    StreamSource,
+    bench,
+    bench_parameters,
+    cycle,
+    pack,
+    run_bench,
+    unpack,
+)
 
 TINY = preset("tiny")
 WIDE = dataclasses.replace(TINY, name="wide", ports=8, tokens=16)  # four rows of logits in a superbeat
 SUPERBEATS = 2048
+
+
+def place(position):
+    """Where the history puts a record, as far as these benches go: neither in order nor all different."""
+    return 29 * position % 31
 
 
 class Bench:
@@ -39,18 +54,29 @@ class Bench:
                                         latency=latency, stall=stall, seed=seed, errors=refused))
         dut.limit.value = SUPERBEATS
         self.logits = StreamSource(dut, "logits", stall=stall, seed=seed)
-        self.done, self.written, self.kv_written = [], [], 0
-        cocotb.start_soon(self._watch())
-        cocotb.start_soon(self._serve_kvout())
+        self.done, self.asked, self.kv_written, self.cause = [], [], 0, FaultCause.NONE
+        self.places = StreamSink(dut, "places", shape=PlaceRequest, stall=stall, seed=seed)
+        for coroutine in (self._watch(), self._serve_kvout(), self._serve_places(stall)):
+            cocotb.start_soon(coroutine)
+
+    async def _serve_places(self, stall):
+        while True:
+            request, = await self.places.take(1)
+            self.asked.append(request)
+            while True:
+                self.dut.place.value = pack(PlaceAnswer, {"place": int(self.rng.integers(1 << 16))})
+                await RisingEdge(self.dut.clk)
+                if self.rng.random() >= stall:
+                    break
+            answer = {"valid": 1, "place": place(request["position"]), "cause": self.cause}
+            self.dut.place.value = pack(PlaceAnswer, answer)
+            await RisingEdge(self.dut.clk)
+            self.dut.place.value = 0
 
     async def _watch(self):
         while True:
             await RisingEdge(self.dut.clk)
             self.kv_written += int(self.dut.kv_written.value)
-            note = unpack(Written, self.dut.written.value.to_unsigned())
-            if note["valid"]:
-                assert not self.dut.done.value, "records are noted before done"
-                self.written.append((cycle(), note["position"], note["layer"], len(self.done)))
             if self.dut.done.value:
                 self.done.append((cycle(), self.image()))
 
@@ -61,7 +87,7 @@ class Bench:
             self.dut.kvout_data.value = int.from_bytes(row.tobytes(), "little")
 
     def send(self, commands, **options):
-        """Send commands and the logits of STOREL; the model follows each: (memory, records noted) after it."""
+        """Send commands and the logits of STOREL; the model follows each: (memory, positions written) after it."""
         after = []
         for name, fields in commands:
             source = self.kvout
@@ -69,8 +95,8 @@ class Bench:
                 beats = fields["rows"] * fields["count"] * self.config.superbeat_bytes // (4 * self.config.vector_lanes)
                 source = self.rng.integers(0, 256, (beats, 4 * self.config.vector_lanes), np.uint8)
                 self.logits.send(int.from_bytes(line.tobytes(), "little") for line in source)
-            noted = StoreUnit.model(self.config, self.expected, source, name, **fields)
-            after.append(([port.tobytes() for port in self.expected], noted))
+            written = StoreUnit.model(self.config, self.expected, source, name, place, **fields)
+            after.append(([port.tobytes() for port in self.expected], written))
         command_source(self.dut, self.config, commands, **options)
         return after
 
@@ -101,6 +127,9 @@ def make_commands(config, rng, count):
         ("storekv", {"imm": 9, "rows": 4, "x": 5, "record": 1, "mask": 0b0100, "layer": 1}),
         ("storekv", {"imm": 2, "rows": tokens, "x": config.ports - 1, "record": config.kvout_rows // tokens,
                      "mask": every ^ 1}),
+        ("storekv", {"imm": 0, "rows": 4, "x": 0, "record": 9, "reuse": 1, "places": 31}),
+        ("storekv", {"imm": 77, "rows": 4, "x": 2, "record": 3, "mask": 0b1010, "layer": 63, "reuse": 1,
+                     "places": 65535}),
         ("storekv", {"imm": 0, "rows": tokens, "x": 1, "record": 7, "mask": 1 << tokens - 1, "layer": 40}),
         ("storel", {"imm": SUPERBEATS - 1, "rows": 1, "count": 1}),
         ("storel", {"imm": 5, "rows": 2, "count": 0}),
@@ -111,7 +140,8 @@ def make_commands(config, rng, count):
             yield "storel", {"imm": int(rng.integers(1500)), "rows": int(rng.integers(1, 4)),
                              "count": int(rng.integers(1, 40))}
         else:
-            yield "storekv", {"imm": int(rng.integers(500)), "rows": tokens, "layer": int(rng.integers(64)),
+            reuse = {"reuse": 1, "places": int(rng.integers(1 << 16))} if rng.integers(2) else {}
+            yield "storekv", reuse | {"imm": int(rng.integers(500)), "rows": tokens, "layer": int(rng.integers(64)),
                               "mask": int(rng.integers(1, every + 1)), "x": int(rng.integers(8 * config.ports)),
                               "record": int(rng.integers(1, 40))}
 
@@ -123,14 +153,14 @@ async def writes_what_the_model_says(dut, stall, seed):
     commands = list(make_commands(b.config, b.rng, 6))
     after = b.send(commands, stall=stall, seed=seed)
     await b.finish(len(commands))
-    for index, ((name, fields), (_, got), (want, noted)) in enumerate(zip(commands, b.done, after)):
+    for (name, fields), (_, got), (want, _) in zip(commands, b.done, after):
         assert got == want, f"{name} {fields}"
-        assert [record for _, *record, command in b.written if command == index] == [list(pair) for pair in noted]
     await ClockCycles(dut.clk, 50)
     assert b.image() == after[-1][0] and len(b.done) == len(commands) and not dut.busy.value
-    assert b.kv_written == sum(fields["record"] * len(noted) for (name, fields), (_, noted) in zip(commands, after)
-                               if name == "storekv")
-    assert min(np.diff([at for at, *_ in b.written])) >= 3
+    written = [(fields, written) for (name, fields), (_, written) in zip(commands, after) if name == "storekv"]
+    assert b.kv_written == sum(fields["record"] * len(positions) for fields, positions in written)
+    assert b.asked == [{"position": q, "layer": fields.get("layer", 0), "places": fields["places"]}
+                       for fields, positions in written if fields.get("reuse") for q in positions]
 
 
 @bench(command=[("storekv", {"imm": 0, "rows": 3, "x": 1, "record": 4}), ("storel", {"imm": 0, "rows": 1, "count": 4})])
@@ -204,9 +234,31 @@ async def refuses_rows_beyond_kvout(dut, mask):
     assert await b.fault() == {"cause": FaultCause.BUFFER_RANGE, "port": 0, "pc": 100}
 
 
+@bench(cause=[FaultCause.KV_POINTER, FaultCause.KV_FULL, FaultCause.BUFFER_RANGE], x=[4, 5])
+async def stops_when_the_history_has_no_place(dut, cause, x):
+    b = Bench(dut)
+    b.cause = cause
+    command_source(dut, b.config, [("storekv", {"imm": 0, "rows": 2, "x": x, "record": 4, "reuse": 1})])
+    port = 0 if cause == FaultCause.BUFFER_RANGE else x % b.config.ports
+    assert await b.fault() == {"cause": cause, "port": port, "pc": 100}
+    await ClockCycles(dut.clk, 100)
+    assert not b.done and not any(port.writes for port in b.ports) and len(b.asked) == 1
+
+
+@bench()
+async def refuses_places_beyond_the_limit(dut):
+    b = Bench(dut)
+    end = SUPERBEATS - place(5) * 7
+    command_source(dut, b.config, [("storekv", {"imm": imm, "rows": 1, "x": 5, "record": 7, "reuse": 1})
+                                   for imm in (end - 7, end - 6)])
+    assert await b.fault() == {"cause": FaultCause.MEMORY_RANGE, "port": 5 % b.config.ports, "pc": 101}
+    assert [len(port.writes) > 0 for port in b.ports] == [p == 5 % b.config.ports for p in range(b.config.ports)]
+
+
 BENCHES = (writes_what_the_model_says, is_done_after_the_last_response, copies_a_beat_in_every_cycle,
            a_row_not_in_the_list_takes_a_cycle,
-           stops_at_a_write_error, refuses_addresses_beyond_the_limit, refuses_rows_beyond_kvout)
+           stops_at_a_write_error, stops_when_the_history_has_no_place, refuses_places_beyond_the_limit,
+           refuses_addresses_beyond_the_limit, refuses_rows_beyond_kvout)
 
 
 @pytest.mark.parametrize("config", [TINY, WIDE], ids=lambda config: config.name)
