@@ -308,7 +308,8 @@ def test_memory_that_is_full_names_the_port():
 
 @pytest.mark.parametrize("word, cause, port, message", [
     (load(CONFIG.history_tokens - TILE + 2, 0), FaultCause.BUFFER_RANGE, 0, "positions 242..257"),
-    (load(0, 0, buffer=CONFIG.buffer_beats // RECORD + 1), FaultCause.BUFFER_RANGE, 0, "9 records of 32 beats; the history buffer has 256 beats"),
+    (load(0, 0, buffer=CONFIG.buffer_beats // RECORD + 1), FaultCause.BUFFER_RANGE, 0,
+     "records of 16 beats; the history buffer has 256 beats"),
     (load(0, 0, imm=SIZE - 2 * RECORD + 1), FaultCause.MEMORY_RANGE, 0, "memory has 8192"),
     (load(0, 0, imm=-RECORD), FaultCause.MEMORY_RANGE, 0, "memory has 8192"),
     (encode("storekv", **STORE | {"x_reg": 0, "rows": 1, "x": CONFIG.history_tokens}), FaultCause.BUFFER_RANGE, 0,

@@ -133,7 +133,7 @@ def test_shares_are_of_the_peak_where_the_device_has_a_clock(monkeypatch):
 
 def test_a_result_that_depends_on_the_buffer_is_an_error(monkeypatch):
     monkeypatch.setitem(devices.DEVICES, "careless", "test_kv_bench:Careless")
-    with pytest.raises(RequestError, match="pattern random, 32 tokens: results depend on the buffer: .* with 0 bytes, "):
+    with pytest.raises(RequestError, match="pattern random, 32 tokens: results depend on the buffer: .* with 0 bytes"):
         rows_of((32,), [make_pattern("random", LAYERS, 32)], device="careless")
 
 

@@ -143,10 +143,12 @@ def test_a_fault_names_the_instruction_and_reset_recovers(accelerator, device, c
 
 
 @pytest.mark.parametrize(("cause", "message"), [
-    (FaultCause.KV_FULL, r"memory for KV records is full: all 13 places behind port 0 are taken, in the run at position "
-                         r"0; tokens skip less .* larger --kv-share, or begin anew \(KV_FULL \(port 0\) at .*kv.1"),
-    (FaultCause.KV_POINTER, r"the pointer of a KV record behind port 0 is damaged, or names no record of this sequence; "
-                            r"nothing was read .*: reset the device and begin anew \(KV_POINTER .*kv.1"),
+    (FaultCause.KV_FULL,
+     r"memory for KV records is full: all 13 places behind port 0 are taken, in the run at position 0; tokens skip "
+     r".* larger --kv-share, or begin anew \(KV_FULL \(port 0\) at .*kv.1"),
+    (FaultCause.KV_POINTER,
+     r"the pointer of a KV record behind port 0 is damaged, or names no record of this sequence; nothing was read .*: "
+     r"reset the device and begin anew \(KV_POINTER .*kv.1"),
 ])
 def test_faults_of_kv_records_are_said_in_words(model, cause, message):
     routed = compile_model(model, CONFIG, context=16, routers=always_executing(model, "reuse"), kv=KvSizes(share=0.8))
