@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from exact import rounded, significand
-from machine_bench import BEAT, CONFIG, HALT, KV, TILE, Bench, K, V, imm
+from machine_bench import BEAT, CONFIG, HALT, KV, TILE, Bench, K, N, V, imm
 from skipopu.hw.isa import MatmulMode, RowScale, encode
 
 HEADS, GROUPS, DIM, TOKENS = 2, 3, 16, 2
@@ -35,7 +35,7 @@ def load_tile(tile):
 def tile_words(limit):
     """Everything of one KV tile but its load; ``limit``: last column that row 0 may see."""
     return [
-        encode("matmul", x=MQ, mode=MatmulMode.QK, n_tiles=1, k_tiles=DIM // K, beats=TILE // V,
+        encode("matmul", x=MQ, mode=MatmulMode.QK, n_tiles=TILE // N, k_tiles=DIM // K, beats=TILE // V,
                row_stride=HEADS * GROUPS * DIM // K, group_stride=DIM // K, head_stride=GROUPS * DIM // K, **LOOPS),
         encode("vscore", imm=imm(SCORES), x=limit, **LOOPS, **SCORE),
         encode("vprob", imm=imm(SCORES, MP * K // V), **LOOPS, **SCORE),

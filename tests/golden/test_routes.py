@@ -183,9 +183,9 @@ def test_attention_of_some_rows(mask):
     other = np.setdiff1d(np.arange(TOKENS), t)
 
     def views(state):
-        yield state["abuf"][SCORES : SCORES + 48].reshape(6, TOKENS, -1).swapaxes(0, 1)
+        yield state["abuf"][SCORES : SCORES + 6 * TOKENS * TILE // V].reshape(6, TOKENS, -1).swapaxes(0, 1)
         yield state["abuf"][OUT : OUT + 48].reshape(TOKENS, -1)
-        yield state["mbuf"][MP : MP + 24].reshape(6, TOKENS, -1).swapaxes(0, 1)
+        yield state["mbuf"][MP : MP + 6 * TOKENS * TILE // K].reshape(6, TOKENS, -1).swapaxes(0, 1)
         yield state["mbuf"][500:524].reshape(TOKENS, -1)
         for name in ("maximum", "alpha", "total"):
             yield state[name][: 6 * T].reshape(6, T).T
