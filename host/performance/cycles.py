@@ -4,7 +4,8 @@ The program is walked as control would; every instruction gets the cycles in whi
 What the model knows: the order of each unit, hazards between units, the depth of the queues, one superbeat per cycle
 from memory as far ahead as the FIFOs reach, the cost of every tile of the array, results on their way from the array
 to the vector unit, and the latencies of the pipelines (`timing.Cycles`). No values are computed, so a model of any size
-takes seconds; decisions of routers are arguments.
+takes seconds; decisions of routers are arguments. What the history buffer holds depends on decisions of the past and
+is not modelled: KV records come from memory, each port's one after another.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from skipopu.hw.config import OverlayConfig
 from skipopu.hw.isa import MatmulMode, Unit
 
+from ..layout import ceil_div
 from ..passes.check import TAKES_STREAM
 from ..passes.walk import Arguments, Decide, walk
 from ..program import WORD_BYTES, Program
@@ -59,7 +61,8 @@ class _Command:
 class Predicted:
     """One run as the cycle model sees it.
 
-    cycles : as the counter of that name; superbeats, weight_superbeats, kv_superbeats : read
+    cycles : as the counter of that name; superbeats, weight_superbeats : read; kv_beats : port beats of records read
+    unread : port beats that the last rows of KV tiles lack to whole superbeats
     beats_written : port beats written; kv_written : of them records
     array_rows : cycles in which the array multiplies; tile_cycles : what its tiles take if nothing keeps them waiting
     vector_beats : beats of all vector instructions
@@ -70,7 +73,8 @@ class Predicted:
     cycles: int = 0
     superbeats: int = 0
     weight_superbeats: int = 0
-    kv_superbeats: int = 0
+    kv_beats: int = 0
+    unread: int = 0
     beats_written: int = 0
     kv_written: int = 0
     array_rows: int = 0
@@ -80,7 +84,7 @@ class Predicted:
     moved: list[tuple[int, int]] = field(default_factory=list)
 
     def bytes_read(self, config: OverlayConfig) -> int:
-        return self.superbeats * config.superbeat_bytes
+        return self.superbeats * config.superbeat_bytes - self.unread * config.port_bits // 8
 
 
 def predict(config: OverlayConfig, program: Program, arguments: Arguments, *, tokens: Sequence[int] = (),
@@ -271,7 +275,7 @@ class _Machine:
         if index > cycles.ahead:
             check = max(check, self._done(loads[index - cycles.ahead - 1]) + 1)
         if command.mnemonic == "loadkv":
-            records = config.tile_tokens // config.ports
+            records = ceil_div(min(fields["rows"], config.tile_tokens), config.ports)
             command.left = records * fields["record"]
             runs = [fields["record"]] * records if fields["reuse"] else [command.left]
         else:
@@ -302,7 +306,11 @@ class _Machine:
             number = len(self.kv_tiles)
             stream.take(command.left, self.released[number - 2] + 1 if number > 1 else 0)
             self.kv_tiles.append(stream.gives)
-            self.found.kv_superbeats += command.left
+            beats = command.left * self.config.ports
+            if command.fields["reuse"]:  # ports without a record in the last row read none
+                beats = min(command.fields["rows"], self.config.tile_tokens) * command.fields["record"]
+            self.found.kv_beats += beats
+            self.found.unread += command.left * self.config.ports - beats
         else:
             self._deliver_rows(command)
         command.done = stream.gives + 1

@@ -213,7 +213,7 @@ def _parts(program: Outline) -> dict[str, int]:
     parts = dict.fromkeys(("weights", "kv", "embedding", "other"), 0)
     for name, (_, size) in program.regions.items():
         last = name.rpartition(".")[2]
-        kind = ("kv" if name.startswith("kv.") else "embedding" if name == "embedding" else
+        kind = ("kv" if name.split(".")[0] == "kv" else "embedding" if name == "embedding" else
                 "weights" if last in ("q", "k", "v", "o", "gate_up", "down", "head") else "other")
         parts[kind] += size * program.config.superbeat_bytes
     return parts

@@ -63,8 +63,8 @@ class _Placement:
                                      ("gate_up", 2 * plan.mlp, plan.hidden), ("down", plan.hidden, plan.mlp)):
                 self._linear(name + part, rows, cols)
         self._linear("head", plan.logits_width, plan.hidden)
-        for layer in layers:
-            add(f"kv.{layer}", plan.context_tiles * plan.tile_superbeats)
+        for name in dict.fromkeys(map(plan.kv_region, layers)):
+            add(name, plan.region_superbeats)
         add("logits", plan.chunk * self._row(plan.logits_width))
 
     def _row(self, width: int) -> int:
