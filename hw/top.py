@@ -95,6 +95,7 @@ class Overlay(wiring.Component):
         for p in range(config.ports):
             wiring.connect(m, load.records[p], kvbuf.records[p])
             wiring.connect(m, load.kv[p], kvbuf.beats[p])
+            wiring.connect(m, load.hits[p], kvbuf.hits[p])
         wiring.connect(m, store.places, load.places)
         wiring.connect(m, compute.kv_request, kvbuf.request)
         wiring.connect(m, kvbuf.tile, compute.kv_tile)
@@ -121,6 +122,7 @@ class Overlay(wiring.Component):
             events.stream_wait.eq(vector.waiting), events.saturations.eq(vector.saturated),
             events.dropped.eq(control.dropped), events.weights_read.eq(load.weights_read),
             events.kv_read.eq(load.kv_read), events.kv_written.eq(store.kv_written),
+            events.kv_buffered.eq(kvbuf.buffered),
             csr.beats_read.eq(load.beats_read), csr.beats_written.eq(store.beats_written),
             csr.argmax_index.eq(vector.argmax), csr.argmax_value.eq(vector.argmax_value),
         ]

@@ -15,7 +15,8 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from ..formats import KV_BITS
-from .kvintake import EXPONENT_BITS, TILE_NUMBERS, KvIntake, KvRecord, KvShape
+from .kvintake import EXPONENT_BITS, TILE_NUMBERS, KvPort, KvRecord, KvShape
+from .trees import tree_sum
 
 __all__ = ["KvBuffer", "KvRequest", "KvShift", "KvTile"]
 
@@ -83,7 +84,8 @@ class KvBuffer(wiring.Component):
     Members
     -------
     shape : In(stream of KvShape), the tiles in order; each waits for a slot
-    records, beats : per port, In(stream of KvRecord) and In(stream of port beats), of as many rows as a tile has
+    records, beats : per port, In(stream of KvRecord) and In(stream of port beats), what comes from memory
+    hits : per port, In(stream of KvRecord), what comes from the history buffer; buffered : Out, how many beats of them
     done : Out(1), the oldest tile that was not full is full
     release : In(1), pulse: the older tile is no longer needed
     full : Out(2), per slot: a whole tile with its exponents is there
@@ -101,6 +103,8 @@ class KvBuffer(wiring.Component):
             "shape": In(stream.Signature(KvShape(config))), "done": Out(1),
             "records": In(stream.Signature(KvRecord(config))).array(config.ports),
             "beats": In(stream.Signature(config.port_bits)).array(config.ports),
+            "hits": In(stream.Signature(KvRecord(config))).array(config.ports),
+            "buffered": Out(range(config.ports + 1)),
             "release": In(1), "full": Out(2),
             "request": In(stream.Signature(KvRequest(config))), "tile": Out(stream.Signature(KvTile(config))),
             **{f"{side}_{name}": flow for side in "kv" for name, flow in exponents.items()},
@@ -155,39 +159,40 @@ class KvBuffer(wiring.Component):
         # ---- write: memories of each port for even and odd rows of records, and of the exponents -----------------
         half = rows // 2  # rows of a memory
         head_bits = config.kvbuf_heads.bit_length() - 1
-        banks, exponents = [], {"k": [], "v": []}  # [port][parity]
+        banks, exponents, buffered = [], {"k": [], "v": []}, []  # [port][parity]
         for p in range(config.ports):
-            m.submodules[f"intake{p}"] = intake = KvIntake(config=config)
-            wiring.connect(m, wiring.flipped(self.records[p]), intake.records)
-            wiring.connect(m, wiring.flipped(self.beats[p]), intake.beats)
-            m.d.comb += [intake.tiles.eq(tiles), *(port.eq(shape) for port, shape in zip(intake.shape, shapes))]
+            m.submodules[f"port{p}"] = source = KvPort(config=config)
+            for name in ("records", "beats", "hits"):
+                wiring.connect(m, wiring.flipped(getattr(self, name)[p]), getattr(source, name))
+            m.d.comb += [source.tiles.eq(tiles), *(port.eq(shape) for port, shape in zip(source.shape, shapes))]
+            buffered.append(source.buffered)
             for i in range(2):
-                with m.If(intake.finished[i]):
-                    m.d.sync += left[i][p].eq(left[i][p] - 1)
-            write, exponent = intake.write, intake.exponent
+                with m.If(source.finished[i].any()):
+                    m.d.sync += left[i][p].eq(left[i][p] - source.finished[i])
             of_port = []
-            for parity in range(2):
+            for parity, write in enumerate(source.write):
                 bank = Memory(shape=config.port_bits, depth=2 * half * beats, init=[])
                 m.submodules[f"bank{p}_{parity}"] = bank
                 port = bank.write_port()
-                m.d.comb += [port.en.eq(write.en & (write.row[0] == parity)), port.data.eq(write.data),
+                m.d.comb += [port.en.eq(write.en), port.data.eq(write.data),
                              port.addr.eq(Cat(write.beat, write.row[1:], write.slot))]
                 of_port.append(bank.read_port())
             banks.append(of_port)
             for number, (side, memories) in enumerate(exponents.items()):
                 of_port = []
-                for parity in range(2):
+                for parity, exponent in enumerate(source.exponent):
                     memory = Memory(shape=data.ArrayLayout(EXPONENT_BITS, half), depth=2 * config.kvbuf_heads, init=[])
                     m.submodules[f"{side}_exponents{p}_{parity}"] = memory
                     port = memory.write_port(granularity=1)
                     m.d.comb += [port.addr.eq(Cat(exponent.head[:head_bits], exponent.slot)),
-                                 port.en.eq((exponent.en[number] & (exponent.row[0] == parity)) << exponent.row[1:]),
+                                 port.en.eq(exponent.en[number] << exponent.row[1:]),
                                  *(part.eq(exponent.exponent) for part in port.data)]
                     port = memory.read_port(domain="comb")
                     m.d.comb += port.addr.eq(Cat(getattr(self, f"{side}_head")[:head_bits],
                                                  getattr(self, f"{side}_slot")))
                     of_port.append((port, memory.read_port()))
                 memories.append(of_port)
+        m.d.comb += self.buffered.eq(tree_sum(buffered))
         for side, memories in exponents.items():
             m.d.comb += getattr(self, f"{side}_exponents").eq(Cat(
                 memories[p][r % 2][0].data[r // 2] for r in range(rows) for p in range(config.ports)))

@@ -1,19 +1,31 @@
-"""How the records of one port get into the KV buffer: which beat of which head arrives, and the heads' exponents.
+"""How the records of one port get into the KV buffer: from memory, or from the history buffer.
 
-Each port takes its own records at its own pace, up to two tiles ahead of the array. While a record passes, a tree of
-maxima finds the largest exponent of each of its heads.
+Each port takes its own records at its own pace, up to two tiles ahead of the array, those from memory and those from
+the history buffer side by side: each kind in its order. A record from memory may be copied to the history buffer while
+it passes. What the two do to one slot of it has an order, so that either can wait until the other has gone far enough.
+While a record passes, a tree of maxima finds the largest exponent of each of its heads.
 """
 
 from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
+from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from .trees import tree
 
-__all__ = ["EXPONENT_BITS", "KvExponent", "KvIntake", "KvLargest", "KvRecord", "KvShape", "KvWrite", "TILE_NUMBERS"]
+__all__ = [
+    "EXPONENT_BITS", "KvExponent", "KvIntake", "KvLargest", "KvPort", "KvRecord", "KvShape", "KvWrite", "PENDING",
+    "TILE_NUMBERS", "count_bits",
+]
 
 EXPONENT_BITS = 5  #: of FP16
 TILE_NUMBERS = 16  #: tiles are numbered modulo this: more than can be under way
+PENDING = 32  #: more than the records of a port that were asked for and are not in the buffer
+
+
+def count_bits(config):
+    """Bits of the numbers of records: twice what either source of a port can be ahead of the other, two tiles."""
+    return (PENDING + 4 * (config.tile_tokens // config.ports)).bit_length() + 1
 
 
 def KvShape(config):
@@ -25,9 +37,16 @@ def KvShape(config):
 
 
 def KvRecord(config):
-    """``rows`` records of one port, of a tile's row ``row`` and those that follow."""
+    """``rows`` records of one port, of a tile's row ``row`` and those that follow.
+
+    at : first beat in the history buffer, of a record that comes from there, or that is copied there (``fill``)
+    counts : it is one of the records that are numbered; those from the history buffer all are
+    wait : not before ``after`` records (modulo) have come from the other source
+    """
     rows = config.tile_tokens // config.ports
-    return data.StructLayout({"tile": range(TILE_NUMBERS), "row": range(rows), "rows": range(rows + 1)})
+    return data.StructLayout({
+        "tile": range(TILE_NUMBERS), "row": range(rows), "rows": range(rows + 1), "fill": 1,
+        "at": range(max(config.buffer_beats, 2)), "counts": 1, "wait": 1, "after": count_bits(config)})
 
 
 def KvWrite(config):
@@ -79,6 +98,7 @@ class KvIntake(wiring.Component):
     Members
     -------
     records : In(stream of KvRecord), taken with the last beat; beats : In(stream of port beats)
+    hold : In(1), no beat is taken in this cycle; taken : Out(1), one is
     tiles : In(4), how many tiles have been given a slot, modulo 16: the last two of them are being written
     shape : In(KvShape) per slot, of the tile in it
     write : Out(KvWrite), in the cycle of the beat; exponent : Out(KvExponent), ``latency`` cycles after a head's last
@@ -89,7 +109,7 @@ class KvIntake(wiring.Component):
         self.config = config
         super().__init__({
             "records": In(stream.Signature(KvRecord(config))), "beats": In(stream.Signature(config.port_bits)),
-            "tiles": In(range(TILE_NUMBERS)), "shape": In(KvShape(config)).array(2),
+            "hold": In(1), "taken": Out(1), "tiles": In(range(TILE_NUMBERS)), "shape": In(KvShape(config)).array(2),
             "write": Out(KvWrite(config)), "exponent": Out(KvExponent(config)), "finished": Out(2),
         })
 
@@ -105,7 +125,8 @@ class KvIntake(wiring.Component):
         head_ends, part_ends = Signal(), Signal()
         m.d.comb += [
             age.eq(self.tiles - 1 - record.tile), shape.eq(Mux(slot, self.shape[1], self.shape[0])),
-            self.beats.ready.eq(self.records.valid & (age < 2)), accept.eq(self.beats.valid & self.beats.ready),
+            self.beats.ready.eq(self.records.valid & (age < 2) & ~self.hold), self.taken.eq(accept),
+            accept.eq(self.beats.valid & self.beats.ready),
             record_ends.eq(beat == shape.record - 1), rows_end.eq(passed == record.rows - 1),
             self.records.ready.eq(accept & record_ends & rows_end),
             head_ends.eq(head_beat == shape.head_beats - 1), part_ends.eq(head_ends & (head == shape.heads - 1)),
@@ -147,6 +168,96 @@ class KvIntake(wiring.Component):
         with m.If(valid):
             m.d.sync += running.eq(self.exponent.exponent)
         return m
+
+
+class KvPort(wiring.Component):
+    """Both sources of one port, and its history buffer.
+
+    Members
+    -------
+    records, beats : In(stream of KvRecord) and In(stream of port beats), from memory
+    hits : In(stream of KvRecord), from the history buffer
+    tiles, shape : as in KvIntake
+    write : Out(KvWrite) for even and for odd rows; exponent : Out(KvExponent) for even and for odd rows
+    finished : Out per slot, how many records and their exponents are in the buffer from the next cycle on
+    buffered : Out(1), a beat came from the history buffer
+    """
+
+    def __init__(self, *, config):
+        self.config = config
+        super().__init__({
+            "records": In(stream.Signature(KvRecord(config))), "beats": In(stream.Signature(config.port_bits)),
+            "hits": In(stream.Signature(KvRecord(config))),
+            "tiles": In(range(TILE_NUMBERS)), "shape": In(KvShape(config)).array(2),
+            "write": Out(KvWrite(config)).array(2), "exponent": Out(KvExponent(config)).array(2),
+            "finished": Out(2).array(2), "buffered": Out(1),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        config = self.config
+        m.submodules.memory = memory = KvIntake(config=config)
+        wiring.connect(m, wiring.flipped(self.records), memory.records)
+        wiring.connect(m, wiring.flipped(self.beats), memory.beats)
+        sources = [memory]
+        if config.buffer_beats:
+            m.submodules.buffer = buffer = Memory(shape=config.port_bits, depth=config.buffer_beats, init=[])
+            m.submodules.history = history = KvIntake(config=config)
+            sources.append(history)
+            self._buffer(m, memory, history, buffer)
+        for source in sources:
+            m.d.comb += [source.tiles.eq(self.tiles),
+                         *(port.eq(shape) for port, shape in zip(source.shape, self.shape))]
+        for i in range(2):
+            m.d.comb += self.finished[i].eq(sum(source.finished[i] for source in sources))
+        for parity in range(2):
+            for source in reversed(sources):
+                for here, there in ((self.write[parity], source.write), (self.exponent[parity], source.exponent)):
+                    with m.If(there.en.any() & (there.row[0] == parity)):
+                        m.d.comb += here.eq(there)
+        return m
+
+    def _buffer(self, m, memory, history, buffer):
+        """Copies of what comes from memory, and records that come from the copies."""
+        fill, read = buffer.write_port(), buffer.read_port()
+        record, hit = self.records.payload, self.hits.payload
+        # Beats of the record, and how many records are through, from memory and from the history buffer.
+        copied, fetched, read_count, hit_count = (Signal(name=name, shape=shape) for name, shape in (
+            ("copied", 16), ("fetched", 16), ("read_count", count_bits(self.config)),
+            ("hit_count", count_bits(self.config))))
+
+        def early(entry, count):
+            return entry.wait & (count - entry.after)[:len(count)][-1]
+
+        m.d.comb += [
+            memory.hold.eq(early(record, hit_count)),
+            fill.en.eq(memory.taken & record.fill), fill.addr.eq(record.at + copied), fill.data.eq(self.beats.payload),
+        ]
+        with m.If(memory.taken & record.counts):
+            m.d.sync += copied.eq(copied + 1)
+        with m.If(self.records.valid & self.records.ready):
+            m.d.sync += [copied.eq(0), read_count.eq(read_count + record.counts)]
+
+        # A beat is read while the one before is handed on; `entry` is the record that the latter belongs to.
+        entry, length, held = Signal(KvRecord(self.config)), Signal(16), Signal()
+        fetch, last = Signal(), Signal()
+        collides = memory.write.en & (memory.write.row[0] == history.write.row[0])
+        m.d.comb += [
+            length.eq(Mux(hit.tile[0], self.shape[1].record, self.shape[0].record)),
+            fetch.eq(self.hits.valid & ((self.tiles - 1 - hit.tile)[:4] < 2) & ~early(hit, read_count)
+                     & (~held | history.taken)),
+            last.eq(fetched == length - 1), self.hits.ready.eq(fetch & last),
+            read.en.eq(fetch), read.addr.eq(hit.at + fetched),
+            history.beats.valid.eq(held), history.beats.payload.eq(read.data),
+            history.records.valid.eq(held), history.records.payload.eq(entry), history.hold.eq(collides),
+            self.buffered.eq(history.taken),
+        ]
+        with m.If(fetch | history.taken):
+            m.d.sync += held.eq(fetch)
+        with m.If(fetch):
+            m.d.sync += [fetched.eq(Mux(last, 0, fetched + 1)), entry.eq(hit)]
+        with m.If(history.taken & history.records.ready):
+            m.d.sync += hit_count.eq(hit_count + 1)
 
 
 def _larger(a, b):

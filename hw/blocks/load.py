@@ -21,7 +21,7 @@ from ..registers import FaultCause
 from .axi import AxiRead
 from .axi_read import ADDRESS_BITS, COUNT_BITS, AxiReader, ReadRun
 from .command import PC_BITS, PLACE_BITS, Command, Fault, PlaceAnswer, PlaceRequest, fields
-from .history import History
+from .history import Found, History
 from .kvintake import TILE_NUMBERS, KvRecord, KvShape
 from .rows import ones
 from .trees import tree_sum
@@ -61,6 +61,7 @@ class LoadUnit(wiring.Component):
     tile : Out(stream of KvShape), the tile of each LOADKV
     records, kv : per port, Out(stream of KvRecord) and Out(stream of port beats): which records follow, and their
         beats; what is offered of ``records`` has to be taken with the last beat of theirs
+    hits : per port, Out(stream of KvRecord), what comes from the history buffer
     tile_done : In(1), the oldest tile that was not done is complete
     places : In(stream of PlaceRequest), place : Out(PlaceAnswer), for the store unit
     fault : Out(Fault), stays; the command that failed and those after it deliver nothing until reset, except records
@@ -82,6 +83,7 @@ class LoadUnit(wiring.Component):
             "tile": Out(stream.Signature(KvShape(config))), "tile_done": In(1),
             "records": Out(stream.Signature(KvRecord(config))).array(ports),
             "kv": Out(stream.Signature(config.port_bits)).array(ports),
+            "hits": Out(stream.Signature(KvRecord(config))).array(ports),
             "places": In(stream.Signature(PlaceRequest)), "place": Out(PlaceAnswer),
             "fault": Out(Fault), "beats_read": Out(ports), "weights_read": Out(1),
             "kv_read": Out(range(ports + 1)), "starved": Out(1), "blocked": Out(1),
@@ -167,19 +169,24 @@ class LoadUnit(wiring.Component):
         address = Signal(ADDRESS_BITS)
         product = Signal(28)  # superbeats of a LOADA, port beats of all K heads of a LOADKV
         overrun = Signal()
+        final, buffer, capacity_used = Signal(), Signal.like(loadkv.buffer), Signal(32)
         follow, layer, number = Signal(), Signal.like(loadkv.layer), Signal(range(TILE_NUMBERS))
         port_shift, tokens = config.ports.bit_length() - 1, Signal(range(config.tile_tokens + 1))
         rows = Signal.like(shape.rows)
         row, lasting, exists = Signal.like(shape.rows), Signal(), Signal(config.ports)
         idle, issue, room = Signal(), Signal(), Signal()
         offsets = [Signal(PLACE_BITS + 16, name=f"offset{p}") for p in range(config.ports)]
+        found = [Signal(Found(config), name=f"found{p}") for p in range(config.ports)]
+        copies = [Signal(range(max(config.buffer_beats, 2)), name=f"copy{p}") for p in range(config.ports)]
         slack = Signal(signed(ADDRESS_BITS + 2))  # the largest offset inside memory
         lost, beyond = Signal(config.ports), Signal(config.ports)
         m.d.comb += [
             rows.eq((tokens + config.ports - 1) >> port_shift), lasting.eq(row == shape.rows - 1),
             exists.eq(Mux(follow & lasting, shape.last, ~0)),
             beyond.eq(Cat(offset > slack for offset in offsets) & exists),
-            history.first.eq(job.row >> port_shift), history.rows.eq(shape.rows), history.layer.eq(layer),
+            history.first.eq(job.row >> port_shift), history.rows.eq(shape.rows), history.last.eq(shape.last),
+            history.layer.eq(layer), history.final.eq(final), history.buffer.eq(buffer),
+            history.record.eq(shape.record),
         ]
 
         with m.FSM(name="request"):
@@ -194,6 +201,8 @@ class LoadUnit(wiring.Component):
                         shape.record.eq(loadkv.record),
                         tokens.eq(Mux(command.rows > config.tile_tokens, config.tile_tokens, command.rows)),
                         address.eq(command.imm), follow.eq(is_kv & loadkv.reuse), layer.eq(loadkv.layer), row.eq(0),
+                        final.eq(loadkv.final), buffer.eq(loadkv.buffer),
+                        capacity_used.eq(loadkv.buffer * loadkv.record),
                         product.eq(Mux(is_a, command.rows, loadkv.heads)
                                    * Mux(is_a, loada.count, loadkv.head_beats)),
                     ]
@@ -210,7 +219,9 @@ class LoadUnit(wiring.Component):
                         overrun.eq((product == 0) | (product > capacity) | (shape.heads > config.kvbuf_heads)
                                    | (2 * product > shape.record)
                                    | (follow & ((job.row + tokens > config.history_tokens)
-                                                | (layer >= config.history_layers)))),
+                                                | (layer >= config.history_layers)
+                                                | (capacity_used > config.buffer_beats)
+                                                | (buffer > config.history_tokens // config.ports)))),
                     ]
                     with m.If(~follow):
                         m.d.sync += shape.last.eq(~0)
@@ -233,8 +244,11 @@ class LoadUnit(wiring.Component):
                         m.next = "ISSUE"
             with m.State("RECORD"):
                 with m.If(history.found):
-                    m.d.comb += [history.take.eq(1), lost.eq(history.bad & exists)]
-                    m.d.sync += [offset.eq(place * shape.record) for offset, place in zip(offsets, history.place)]
+                    m.d.comb += [history.take.eq(1), lost.eq(Cat(port.bad for port in history.row) & exists)]
+                    for port, kept, offset, copy in zip(history.row, found, offsets, copies):
+                        m.d.sync += [kept.eq(port), offset.eq(port.place * shape.record)]
+                        if config.buffer_beats:
+                            m.d.sync += copy.eq(port.slot * shape.record)
                     m.d.sync += slack.eq(self.limit - shape.record - address)
                     m.next = "RANGE"
                     with m.If(lost.any()):
@@ -269,11 +283,21 @@ class LoadUnit(wiring.Component):
             m.submodules[f"records{p}"] = records = fifo.SyncFIFOBuffered(width=KvRecord(config).size,
                                                                           depth=_RUNS_AHEAD)
             run, record = Signal(ReadRun, name=f"run{p}"), Signal(KvRecord(config), name=f"record{p}")
+            hit = follow & found[p].hit
             rooms += [runs.w_rdy, records.w_rdy]
+            if config.buffer_beats:
+                m.submodules[f"hits{p}"] = hits = fifo.SyncFIFOBuffered(width=KvRecord(config).size, depth=_RUNS_AHEAD)
+                rooms.append(hits.w_rdy)
+                m.d.comb += [
+                    hits.w_data.eq(record), hits.w_en.eq(issue & exists[p] & hit), self.hits[p].valid.eq(hits.r_rdy),
+                    self.hits[p].payload.eq(hits.r_data), hits.r_en.eq(self.hits[p].ready),
+                ]
             m.d.comb += [
                 run.address.eq(address + offsets[p]), run.count.eq(Mux(follow, shape.record, job.count)),
-                run.kv.eq(job.kind == _Kind.KV), runs.w_data.eq(run), runs.w_en.eq(issue & exists[p]),
+                run.kv.eq(job.kind == _Kind.KV), runs.w_data.eq(run), runs.w_en.eq(issue & exists[p] & ~hit),
                 record.tile.eq(number), record.row.eq(row), record.rows.eq(Mux(follow, 1, shape.rows)),
+                record.fill.eq(follow & found[p].fill), record.at.eq(copies[p]), record.counts.eq(follow),
+                record.wait.eq(follow & found[p].wait), record.after.eq(found[p].after),
                 records.w_data.eq(record), records.w_en.eq(runs.w_en & run.kv),
                 reader.runs.valid.eq(runs.r_rdy), reader.runs.payload.eq(runs.r_data),
                 runs.r_en.eq(reader.runs.ready),

@@ -8,7 +8,7 @@ import pytest
 from amaranth.back import rtlil
 from cocotb.triggers import ClockCycles, RisingEdge
 from skipopu.hw.blocks.kvbuf import KvBuffer, KvRequest, KvTile
-from skipopu.hw.blocks.kvintake import KvRecord, KvShape
+from skipopu.hw.blocks.kvintake import PENDING, KvRecord, KvShape, count_bits
 from skipopu.hw.config import PRESETS, OverlayConfig, preset
 from skipopu.sim.bench import Stall, StreamSink, StreamSource, bench, bench_parameters, cycle, run_bench
 
@@ -46,6 +46,10 @@ class Writer:
         self.records = [StreamSource(dut, f"records__{p}", shape=KvRecord(config), stall=stall * (p % 2), seed=seed)
                         for p in range(config.ports)]
         self.beats = [StreamSource(dut, f"beats__{p}", stall=stall, seed=seed) for p in range(config.ports)]
+        self.hits = [StreamSource(dut, f"hits__{p}", shape=KvRecord(config), stall=stall, seed=seed)
+                     for p in range(config.ports)]
+        # Per port, in the order of sending: (record, number of the read) in each slot; records of each kind.
+        self.slots, self.reads, self.hit = [{} for _ in self.beats], [0] * config.ports, [0] * config.ports
 
     def send(self, records, record, *, one_by_one=False, tokens=None):
         """A tile of the first ``tokens`` of ``records`` (a whole one if None), with ``record`` beats each; padding is
@@ -66,6 +70,34 @@ class Writer:
             self.beats[p].send(int.from_bytes(line.astype("<u2").tobytes(), "little")
                                for row in range(count) for line in words[row * config.ports + p])
         self.number += 1
+
+    def send_mixed(self, rng, records, record, choose):
+        """A whole tile, some of whose records come from the history buffer: ``choose(row, port)`` is None, or "hit"
+        or "fill" with a slot. Returns the records that it is then made of."""
+        config, records = self.config, records.copy()
+        self.shape.send([{"heads": records.shape[2], "head_beats": records.shape[3] // config.beat_elements,
+                          "record": record, "rows": len(records) // config.ports, "last": (1 << config.ports) - 1}])
+        modulus = 1 << count_bits(config)
+        for token in range(len(records)):
+            row, p = divmod(token, config.ports)
+            kind, slot = choose(row, p) or (None, 0)
+            entry = {"tile": self.number % 16, "row": row, "rows": 1, "counts": 1, "at": slot * record}
+            if kind == "hit":
+                records[token], number = self.slots[p][slot]
+                self.hits[p].send([entry | {"wait": int(self.reads[p] - number < PENDING), "after": number % modulus}])
+                self.hit[p] += 1
+                continue
+            words = rng.integers(0, 1 << 16, (record, config.beat_elements), dtype=np.uint16)
+            used = records[token].reshape(-1, config.beat_elements)
+            words[:len(used)] = used
+            self.reads[p] += 1
+            fill = int(kind == "fill")
+            if fill:
+                self.slots[p][slot] = records[token].copy(), self.reads[p]
+            self.records[p].send([entry | {"fill": fill, "wait": fill, "after": self.hit[p] % modulus}])
+            self.beats[p].send(int.from_bytes(line.astype("<u2").tobytes(), "little") for line in words)
+        self.number += 1
+        return records
 
     async def sent(self):
         for source in self.beats:
@@ -190,7 +222,64 @@ async def count_pulses(dut, signal, counts):
     while True:
         await RisingEdge(dut.clk)
         if signal.value:
-            counts.append(cycle())
+            counts += [cycle()] * int(signal.value)
+
+
+@bench(stall=Stall, seed=[1, 2], timeout_cycles=100_000)
+async def records_come_from_memory_and_from_the_history_buffer(dut, stall, seed):
+    """Slots are filled and read in random order, also a slot that was just read, and one that was just filled."""
+    config = config_of_bench()
+    rng = np.random.default_rng(seed)
+    sink = StreamSink(dut, "tile", shape=KvTile(config), stall=stall / 2, seed=seed)
+    requests = StreamSource(dut, "request", shape=KvRequest(config))
+    writer, record = Writer(dut, config, stall=stall, seed=seed), 4 * config.lanes // config.beat_elements + 1
+    buffered = []
+    cocotb.start_soon(count_pulses(dut, dut.buffered, buffered))
+
+    def choose(row, p):
+        slot = int(rng.integers(4 if seed == 1 else config.buffer_beats // record))
+        kind = rng.choice(["hit", "fill", ""], p=[0.5, 0.3, 0.2])
+        return (kind, slot) if kind == "fill" or (kind and slot in writer.slots[p]) else None
+
+    tiles = []
+    for _ in range(7):
+        records = make_records(config, rng, 2, config.lanes)
+        tiles.append(writer.send_mixed(rng, records, record, choose))
+    for index, records in enumerate(tiles):
+        slot = index % 2
+        exponents, mantissas = KvBuffer.model(records)
+        asked = all_requests(config, slot, 2, config.lanes)
+        requests.send(asked)
+        for request in asked:
+            want = expected_tile(config, mantissas, *(request[name] for name in ("value", "head", "n", "k")))
+            assert await sink.take(len(want)) == want, f"tile {index} {request}"
+        for head in range(2):
+            for part in range(2):
+                assert await exponents_of(dut, config, slot, part, head) == exponents[:, part, head].tolist()
+        await pulse(dut, dut.release)
+    assert len(buffered) == sum(writer.hit) * record and sum(writer.hit) > 10
+    assert await sink.rest() == [] and int(dut.full.value) == 0
+
+
+@bench()
+async def takes_two_beats_a_cycle(dut):
+    """Even rows from memory, odd ones from the history buffer."""
+    config = config_of_bench()
+    rng = np.random.default_rng(9)
+    writer, record, rows = Writer(dut, config), 16, config.tile_tokens // config.ports
+    done = []
+    cocotb.start_soon(count_pulses(dut, dut.done, done))
+    records = make_records(config, rng, 1, config.lanes)
+    writer.send_mixed(rng, records, record, lambda row, p: ("fill", row))
+    while not done:
+        await RisingEdge(dut.clk)
+    await ClockCycles(dut.clk, 5)
+    started = cycle()
+    tile = writer.send_mixed(rng, records, record, lambda row, p: ("hit", row) if row % 2 else None)
+    while len(done) < 2:
+        await RisingEdge(dut.clk)
+    assert done[1] - started <= rows // 2 * record + 10
+    assert await exponents_of(dut, config, 1, 1, 0) == KvBuffer.model(tile)[0][:, 1, 0].tolist()
 
 
 @bench()
@@ -284,6 +373,7 @@ def test_model_rounds_halves_away_from_zero():
 def test_tiles(name):
     config = CONFIGS[name]
     run_bench(KvBuffer(config=config), tiles_match_the_model, a_short_tile_is_full_with_its_last_record,
+              records_come_from_memory_and_from_the_history_buffer, takes_two_beats_a_cycle,
               ports_write_at_their_own_pace, holds_two_tiles_and_fills_one_while_the_other_is_read,
               delivers_a_superbeat_in_every_cycle, parameters=dataclasses.asdict(config))
 
@@ -291,5 +381,6 @@ def test_tiles(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_elaborates(name):
     """In full width; one head, since Amaranth writes every bit of a memory into its text."""
-    config = dataclasses.replace(preset(name), kvbuf_heads=1)
+    config = preset(name)
+    config = dataclasses.replace(config, kvbuf_heads=1, buffer_beats=min(config.buffer_beats, 1))
     assert "module" in rtlil.convert(KvBuffer(config=config), name="top", emit_src=False)

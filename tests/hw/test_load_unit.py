@@ -1,7 +1,7 @@
 """LoadUnit delivers what its numpy model says, in order and without gaps, and stops at faults."""
 
 import dataclasses
-from collections import deque
+from collections import defaultdict, deque
 
 import cocotb
 import numpy as np
@@ -15,7 +15,7 @@ from cocotb.triggers import ClockCycles, FallingEdge, RisingEdge
 from commands import as_command, command_source
 from skipopu.hw.blocks.command import Fault, PlaceAnswer, PlaceRequest
 from skipopu.hw.blocks.history import History
-from skipopu.hw.blocks.kvintake import KvRecord, KvShape
+from skipopu.hw.blocks.kvintake import KvRecord, KvShape, count_bits
 from skipopu.hw.blocks.load import AbufWrite, LoadUnit
 from skipopu.hw.config import PRESETS, OverlayConfig, preset
 from skipopu.hw.isa import ROUTER_ROWS_AT
@@ -81,14 +81,53 @@ class Damaged(wiring.Component):
 
 
 class Pointers:
-    """What the history must know: the place of each position in each layer, and what comes next in each port."""
+    """What the history must know: the place of each position in each layer, what comes next in each port, and what its
+    buffer keeps: tags {position: (place, slot)}, per port the slots that were given back and how many were never used.
+    """
 
     def __init__(self, config):
         self.config, self.following, self.of = config, [0] * config.ports, {}
+        self.size = 0, 0
+        self.clear()
+
+    def clear(self):
+        self.tags, self.free, self.fresh = {}, [deque() for _ in self.following], [0] * self.config.ports
+
+    def visit(self, position, layer, final, buffer):
+        """(what happens to the record that a layer reads: "hit", "fill" or None; its slot)."""
+        port, place, written = position % self.config.ports, self.place(layer)(position), self.of[position]
+        keep, beyond = not final and layer + 1 not in written, layer + 2 not in written
+        there = buffer - self.fresh[port] + len(self.free[port])
+        tag_place, slot = self.tags.get(position, (None, None))
+        if tag_place == place:
+            if not keep:
+                self.free[port].append(self.tags.pop(position)[1])
+            return "hit", slot
+        if keep and (beyond or there >= buffer // 4) and (slot is not None or there):
+            if slot is None and self.free[port]:
+                slot = self.free[port].popleft()
+            elif slot is None:
+                slot = self.fresh[port]
+                self.fresh[port] += 1
+            self.tags[position] = place, slot
+            return "fill", slot
+        if slot is not None:
+            self.free[port].append(self.tags.pop(position)[1])
+        return None, None
+
+    def visits(self, fields):
+        """The same for all positions of a LOADKV with reuse, in order."""
+        config, buffer = self.config, fields.get("buffer", 0)
+        if self.size != (buffer, fields["record"]):
+            self.size = buffer, fields["record"]
+            self.clear()
+        return [self.visit(fields["x"] + i, fields["layer"], fields.get("final", 0), buffer) if buffer else (None, None)
+                for i in range(min(fields["rows"], config.tile_tokens))]
 
     def store(self, position, layer):
         if position == layer == 0:
             self.following = [0] * self.config.ports
+            self.clear()
         port = position % self.config.ports
         before = {} if layer == 0 else self.of.get(position, {})
         self.of[position] = before | {layer: self.following[port]}
@@ -104,45 +143,70 @@ class Pointers:
 
 
 class Intake:
-    """Takes the records of one port, each entry of ``records`` with the last of its beats.
+    """Takes the records of one port, from memory and from a buffer that is filled as the entries say, each entry with
+    the last of its beats.
 
-    lengths : of the records of each tile so far; cycles : of each beat; stall may be changed while running
+    lengths : of the records of each tile so far; cycles : of each beat from memory; stall may be changed while running
     """
 
     def __init__(self, dut, p, config, lengths, *, stall, seed):
         self.dut, self.layout, self.lengths, self.stall = dut, KvRecord(config), lengths, stall
-        self.cycles, self.received, self.beats = [], deque(), []
+        self.cycles, self.received, self.beats = [], defaultdict(list), []
+        self.buffer, self.through = [0] * config.buffer_beats, {"records": 0, "hits": 0}
+        self._half = 1 << count_bits(config) - 1
         self._random = np.random.default_rng([seed, p])
-        self._records, self._kv = ([getattr(dut, f"{name}__{p}__{part}") for part in ("valid", "ready", "payload")]
-                                   for name in ("records", "kv"))
-        for name in ("records", "kv"):
+        self._signal = {name: [getattr(dut, f"{name}__{p}__{part}") for part in ("valid", "ready", "payload")]
+                        for name in ("records", "kv", "hits")}
+        for name in self._signal:
             Watch(dut, f"{name}__{p}")
         cocotb.start_soon(self._run())
 
-    async def take(self):
-        """The next entry and its beats."""
-        while not self.received:
+    async def take(self, number, count):
+        """What came for a tile, by row: (the entry, whether it is from the buffer, the beats)."""
+        while len(self.received[number]) < count:
             await RisingEdge(self.dut.clk)
-        return self.received.popleft()
+        return sorted(self.received.pop(number), key=lambda found: found[0]["row"])
+
+    def _entry(self, name, other):
+        """The entry offered, if its turn has come: its tile is announced, and the other source is far enough."""
+        valid, _, payload = self._signal[name]
+        if not valid.value:
+            return None
+        entry = unpack(self.layout, payload.value.to_unsigned())
+        announced = range(max(len(self.lengths) - 16, 0), len(self.lengths))
+        number = next((n for n in announced if n % 16 == entry["tile"]), None)
+        early = entry["wait"] and (self.through[other] - entry["after"]) % (2 * self._half) >= self._half
+        if number is None or early or self._random.random() < self.stall:
+            return None
+        return entry | {"number": number, "length": self.lengths[number]}
 
     async def _run(self):
-        number, (valid, ready, payload), (kv_valid, kv_ready, kv_payload) = 0, self._records, self._kv
+        kv_valid, kv_ready, kv_payload = self._signal["kv"]
         while True:
             await FallingEdge(self.dut.clk)  # what is offered is settled
             if self.dut.rst.value:
-                number, self.beats = 0, []
-            entry = unpack(self.layout, payload.value.to_unsigned()) if valid.value else None
-            if entry and entry["tile"] != number % 16:
-                number += 1
-            go = entry and kv_valid.value and number < len(self.lengths) and self._random.random() >= self.stall
+                self.beats, self.through = [], {"records": 0, "hits": 0}
+            entry = self._entry("records", "hits")
+            go = entry and kv_valid.value
             if go:
-                self.beats.append(kv_payload.value.to_unsigned())
+                beat = kv_payload.value.to_unsigned()
+                if entry["fill"]:
+                    self.buffer[entry["at"] + len(self.beats)] = beat
+                self.beats.append(beat)
                 self.cycles.append(cycle())
-            ends = go and len(self.beats) == entry["rows"] * self.lengths[number]
+            ends = go and len(self.beats) == entry["rows"] * entry["length"]
             if ends:
-                self.received.append((entry, self.beats))
+                self.received[entry["number"]].append((entry, False, self.beats))
                 self.beats = []
-            kv_ready.value, ready.value = int(bool(go)), int(bool(ends))
+            kv_ready.value, self._signal["records"][1].value = int(bool(go)), int(bool(ends))
+            hit = self._entry("hits", "records")
+            if hit:
+                copy = self.buffer[hit["at"]:hit["at"] + hit["length"]]
+                self.received[hit["number"]].append((hit, True, copy))
+                self.through["hits"] += 1
+            if ends and entry["counts"]:
+                self.through["records"] += 1
+            self._signal["hits"][1].value = int(bool(hit))
 
 
 class Bench:
@@ -169,7 +233,7 @@ class Bench:
         self.lengths = []  # of the records of each tile that was announced
         self.kv = [Intake(dut, p, config, self.lengths, stall=sink_stall, seed=seed) for p in range(config.ports)]
         cocotb.start_soon(self._watch_tiles())
-        self.number = 0  # of the next tile
+        self.number, self.hits = 0, 0  # of the next tile; records from the buffer so far
         self.places = StreamSource(dut, "places", shape=PlaceRequest)
 
     async def _watch_tiles(self):
@@ -227,11 +291,19 @@ class Bench:
         every = (1 << config.ports) - 1
         assert await self.tiles.take(1) == [{"heads": fields["heads"], "head_beats": fields["head_beats"], "rows": rows,
                                              "record": record, "last": (1 << rest) - 1 if rest and reuse else every}]
+        visits = self.pointers.visits(fields) if reuse else None
         for p, port in enumerate(want):
             lists = [(row, 1) for row in range(len(port))] if reuse else [(0, rows)]
-            for row, rows in lists:
-                beats = [as_int(line) for line in port[row:row + rows].reshape(-1, port.shape[2])]
-                assert await self.kv[p].take() == ({"tile": self.number % 16, "row": row, "rows": rows}, beats)
+            taken = await self.kv[p].take(self.number, len(lists))
+            for (row, length), (entry, hit, got) in zip(lists, taken, strict=True):
+                expected = {"tile": self.number % 16, "row": row, "rows": length, "counts": reuse}
+                happens, slot = visits[row * config.ports + p] if reuse else (None, None)
+                assert hit == (happens == "hit") and (hit or entry["fill"] == (happens == "fill"))
+                if happens:
+                    expected["at"] = slot * record
+                assert entry | expected == entry
+                assert got == [as_int(line) for line in port[row:row + length].reshape(-1, port.shape[2])]
+        self.hits += sum(happens == "hit" for happens, _ in visits or [])
         self.number += 1
         self.dut.tile_done.value = 1
         await RisingEdge(self.dut.clk)
@@ -364,8 +436,8 @@ async def ports_run_ahead_of_one_another(dut):
     commands = [tile(TINY.tile_tokens * i, 2) for i in range(2)]
     b.kv[0].stall = 1.0
     b.send(commands)
-    for _ in range(2 * TINY.tile_tokens // TINY.ports):
-        await b.kv[1].take()
+    for number in range(2):
+        await b.kv[1].take(number, TINY.tile_tokens // TINY.ports)
     assert not b.kv[0].cycles
 
 
@@ -423,9 +495,9 @@ async def refuses_addresses_beyond_the_limit(dut, command):
     assert all(address < port.base + SUPERBEATS * 8 for port in b.ports for address, _ in port.reads)
 
 
-def tile(first, layer, *, imm=0, heads=1, rows=TINY.tile_tokens):
+def tile(first, layer, *, imm=0, heads=1, rows=TINY.tile_tokens, **fields):
     """A LOADKV that follows the pointers."""
-    return "loadkv", {"imm": imm, "x": first, "rows": rows, "layer": layer, "heads": heads,
+    return "loadkv", fields | {"imm": imm, "x": first, "rows": rows, "layer": layer, "heads": heads,
                       "head_beats": TINY.lanes // TINY.beat_elements, "reuse": 1,
                       "record": 2 * heads * TINY.lanes // TINY.beat_elements}
 
@@ -477,12 +549,78 @@ async def streams_records_of_many_layers_without_a_gap(dut, heads):
     b.send(commands)
     for name, fields in commands:
         await b.check(name, fields)
-    # A record takes four cycles to prepare, a command seven more.
-    work = 7 + 4 * config.tile_tokens // config.ports
+    # A record takes four cycles to prepare, a command eight more.
+    work = 8 + 4 * config.tile_tokens // config.ports
     pace = config.tile_tokens // config.ports * commands[0][1]["record"]
     for sink in b.kv:
         gaps = sink.cycles[-1] - sink.cycles[0] + 1 - len(sink.cycles)
         assert gaps <= max(work - pace, 0) * (len(commands) - 1), f"{gaps} cycles without a beat"
+
+
+@bench(buffer=[1, 3, 16, 64], stall=[Stall.NEVER, Stall.HALF], seed=[1], timeout_cycles=100_000)
+async def keeps_what_later_layers_read(dut, buffer, stall, seed):
+    """Several runs over the layers, as tokens are decoded: some layers skipped, more positions each time."""
+    b, rng = Bench(dut, sink_stall=stall, seed=seed), np.random.default_rng(seed)
+    ports, layers, first = b.config.ports, 7, 5 * b.config.ports + 1
+    await b.store_at_random(rng, layers, first)
+    for step in range(5):
+        commands = []
+        for layer in range(layers):
+            if layer == 0 or rng.random() < 0.7:
+                await b.store([(first + step, layer)])
+            elif step:  # an attention that is skipped, which the first run does not
+                continue
+            tokens = first + step + 1
+            commands = [tile(x, layer, rows=tokens - x, buffer=buffer, final=int(layer == layers - 1))
+                        for x in range(0, tokens, b.config.tile_tokens)]
+            b.send(commands, stall=stall)
+            for name, fields in commands:
+                await b.check(name, fields)
+    assert b.hits > (0 if buffer < 3 else 5 * ports)
+
+
+@bench(stall=[Stall.NEVER, Stall.MOSTLY])
+async def fills_and_reads_a_slot_in_order(dut, stall):
+    """The tiles of all layers at once: little else keeps the sources of a port in step."""
+    b, rng = Bench(dut, sink_stall=stall), np.random.default_rng(8)
+    count, layers = b.config.tile_tokens, 9
+    await b.store_at_random(rng, layers, count)
+    for buffer in (3, b.config.tile_tokens // b.config.ports, 2):
+        for layer in range(0, layers, 2):
+            await b.store([(q, layer) for q in range(1, count) if rng.random() < 0.3])
+        commands = [tile(0, layer, buffer=buffer, final=int(layer == layers - 1)) for layer in range(layers)]
+        b.send(commands)
+        for name, fields in commands:
+            await b.check(name, fields)
+    assert b.hits > 30
+
+
+@bench()
+async def forgets_records_of_another_sequence_or_size(dut):
+    b = Bench(dut)
+    count = 2 * TINY.ports
+    await b.store([(q, 0) for q in range(count)])
+    loads = [tile(0, 3, rows=count, buffer=buffer, heads=heads)
+             for buffer, heads in ((9, 1), (9, 1), (8, 1), (8, 1), (0, 1), (8, 1), (8, 2), (8, 2))]
+    hits = []
+    b.send(loads)
+    for name, fields in loads:
+        await b.check(name, fields)
+        hits.append(b.hits)
+    assert np.diff([0, *hits]).tolist() == [0, count, 0, count, 0, 0, 0, count]
+    await b.store([(q, 0) for q in range(count)])
+    b.send([tile(0, 3, rows=count, buffer=8, heads=2)])
+    await b.check(*tile(0, 3, rows=count, buffer=8, heads=2))
+    assert b.hits == hits[-1]
+
+
+@bench(fields=[{"buffer": TINY.buffer_beats // 4 + 1}, {"buffer": 65535}, {"buffer": 22, "heads": 3}])
+async def refuses_a_buffer_that_does_not_fit(dut, fields):
+    b = Bench(dut)
+    await b.store([(0, 0)])
+    b.send([tile(0, 0, rows=1, buffer=TINY.buffer_beats // 4), tile(0, 0, rows=1, **fields)])
+    await b.check(*tile(0, 0, rows=1, buffer=TINY.buffer_beats // 4))
+    assert await b.fault() == {"cause": FaultCause.BUFFER_RANGE, "port": 0, "pc": 101}
 
 
 @bench(first=[-TINY.ports, TINY.history_tokens - TINY.tile_tokens + TINY.ports, TINY.history_tokens, 32766])
@@ -526,8 +664,8 @@ async def refuses_pointers_of_no_sequence(dut):
     await b.store([(0, 0), (1, 0)])  # the masks and pointers of the others are still those of the sequence before
     b.send([tile(0, 2, rows=TINY.ports + 1)])
     assert (await b.fault())["cause"] == FaultCause.KV_POINTER
-    await b.kv[1].take()  # the row before
-    await b.kv[0].take()
+    for port in b.kv:
+        await port.take(0, 1)  # the row before
     await reset(dut)
     await b.store([(q, 0) for q in range(TINY.ports + 1)])
     b.number = 0
@@ -629,6 +767,8 @@ def test_tiny():
               reads_ahead_across_commands, ports_run_ahead_of_one_another, is_done_in_order, stops_at_a_read_error,
               stops_at_a_read_error_of_a_record, refuses_addresses_beyond_the_limit, refuses_rows_beyond_their_buffer,
               follows_the_pointers, gives_places_while_it_looks_up, streams_records_of_many_layers_without_a_gap,
+              keeps_what_later_layers_read, fills_and_reads_a_slot_in_order,
+              forgets_records_of_another_sequence_or_size, refuses_a_buffer_that_does_not_fit,
               refuses_positions_beyond_the_history, refuses_records_beyond_the_limit, refuses_pointers_of_no_sequence,
               hands_out_places_until_a_port_is_full, refuses_damaged_pointers,
               refuses_kv_tiles_that_do_not_fit, refuses_heads_longer_than_their_record, tells_who_waits,
@@ -638,7 +778,7 @@ def test_tiny():
 def test_wide():
     run_bench(LoadUnit(config=WIDE), delivers_what_the_model_says, streams_short_commands_without_a_gap,
               streams_records_of_many_layers_without_a_gap, refuses_layers_beyond_the_history,
-              parameters=dataclasses.asdict(WIDE))
+              fills_and_reads_a_slot_in_order, keeps_what_later_layers_read, parameters=dataclasses.asdict(WIDE))
 
 
 @pytest.mark.parametrize("name", PRESETS)
