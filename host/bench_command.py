@@ -35,7 +35,7 @@ def kv(tokens: Annotated[str, typer.Option("--tokens", metavar="128,1024", help=
        buffer: Annotated[str, typer.Option("--buffer", metavar="0,all", help="Sizes of the history buffer in bytes, or "
                                                                             "all that there is.")] = "0,all",
        layers: Annotated[int, typer.Option("--layers", help="Layers.")] = 16,
-       kv_heads: Annotated[int, typer.Option("--kv-heads", help="KV heads.")] = 8,
+       kv_heads: Annotated[int, typer.Option("--kv-heads", help="KV heads.")] = 32,
        head_dim: Annotated[int, typer.Option("--head-dim", help="Features of a head.")] = 64,
        model: Annotated[str | None, typer.Option("-m", "--model", help="Take the sizes, and the decisions of pattern "
                                                                        "routers, from this model.")] = None,
@@ -45,7 +45,8 @@ def kv(tokens: Annotated[str, typer.Option("--tokens", metavar="128,1024", help=
        device: Annotated[str, typer.Option("--device", help="functional, or rtl for cycles too.")] = "functional",
        memory: Annotated[str | None, typer.Option("--memory", help="Timing of simulated memory: hbm or ideal. Default: "
                                                                    "hbm.")] = None,
-       config: Annotated[str, typer.Option("--config", help=f"Overlay configuration: {', '.join(PRESETS)}.")] = "sim",
+       config: Annotated[str, typer.Option("--config", help=f"Overlay configuration: kv (a quarter of u280), "
+                                                            f"{', '.join(PRESETS)}.")] = "kv",
        output: Annotated[str | None, typer.Option("-o", "--output", help="Folder for kv.json, kv.md and pictures.")]
        = None,
        seed: Annotated[int, typer.Option("--seed", min=0, help="Of the random patterns.")] = 0,
@@ -53,9 +54,9 @@ def kv(tokens: Annotated[str, typer.Option("--tokens", metavar="128,1024", help=
     """Move KV records as decoding does, without weights: bytes, hits of the history buffer, shares of the peak."""
     from pathlib import Path
 
-    from .kv_bench import LABELS, geometry, make_pattern, measure
+    from .kv_bench import KV_CONFIG, LABELS, geometry, make_pattern, measure
     from .kv_report import draw_cost, draw_shares, table
-    chosen = preset(config)
+    chosen = KV_CONFIG if config == KV_CONFIG.name else preset(config)
     contexts = [_number("tokens", text, 1) for text in tokens.split(",")]
     sizes = [None if text.strip() == "all" else _number("buffer", text, 0) for text in buffer.split(",")]
     settings = geometry(layers, kv_heads, head_dim)

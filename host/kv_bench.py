@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from skipopu.hw.config import OverlayConfig
+from skipopu.hw.config import OverlayConfig, preset
 from skipopu.hw.isa import Condition, Register, Resource, RowList, RowScale
 from skipopu.hw.registers import DebugBuffer
 
@@ -27,8 +27,11 @@ from .program import WORD_BYTES, Builder, vector_imm
 from .routes import RandomRoutes
 from .session import open_accelerator
 
-__all__ = ["LABELS", "PATTERNS", "KvRow", "Pattern", "geometry", "make_pattern", "measure"]
+__all__ = ["KV_CONFIG", "LABELS", "PATTERNS", "KvRow", "Pattern", "geometry", "make_pattern", "measure"]
 
+#: `u280` at a quarter of its ports, lanes and columns, with the buffers that a quarter of Llama-2-7B's heads need: a KV
+#: tile has the same share of its time in pipelines as there. Preset `sim` holds too few heads for that.
+KV_CONFIG = replace(preset("sim"), name="kv", kvbuf_heads=64, kvout_rows=2048)
 PATTERNS = ("dense", "random", "layerwise", "alternate", "routers")
 LABELS = dict.fromkeys(("memory_bytes", "buffer_bytes_served", "cycles", "physical_share", "effective_share",
                         "hit_rate", "storage_saved"), "simulated")
