@@ -10,6 +10,7 @@ from skipopu.host.device import read_register, write_register
 from skipopu.host.devices import open_device
 from skipopu.host.errors import DeviceError
 from skipopu.host.program import Program
+from skipopu.host.routes import always_executing
 from skipopu.host.runtime import Accelerator
 from skipopu.hw.blocks.fetch import LINE_WORDS
 from skipopu.hw.config import preset
@@ -95,7 +96,7 @@ BAD_PROGRAMS = {
     "rows behind the buffer": ("loada", "final_norm",
                                f"loada writes=GAIN0 rows=1 x={CONFIG.abuf_rows - 3} count=4 beats=4",
                                FaultCause.BUFFER_RANGE),
-    "too many KV heads": ("loadkv", "kv.0", "loadkv reads=KVMEM heads=65 head_beats=4 record=520",
+    "too many KV heads": ("loadkv", "kv.0", "loadkv reads=KVMEM rows=1 heads=65 head_beats=4 record=520",
                           FaultCause.BUFFER_RANGE),
 }
 
@@ -114,6 +115,36 @@ def test_bad_program_stops_at_the_instruction(compiled, expected, accelerator, n
     assert_fault(broken, cause, pc)
     accelerator.device.reset()
     assert_works(Accelerator(accelerator.device, compiled, watchdog=3000), expected)
+
+
+@pytest.fixture(scope="module")
+def reusing():
+    """A model whose layers share records of keys and values."""
+    model = random_model(8, kinds=("q4_1", "q8_0"))
+    return compile_model(model, CONFIG, 32, always_executing(model, "reuse"))
+
+
+@pytest.mark.parametrize(("cause", "layer", "change", "position", "port"), [
+    (FaultCause.KV_POINTER, 0, lambda line: line, 5, 1),  # no sequence has begun
+    (FaultCause.KV_FULL, 1, lambda line: line.replace("reuse=1", "reuse=1 places=5"), 0, 0),
+])
+def test_records_without_a_place(reusing, cause, layer, change, position, port):
+    """The functional level stops at the same record, and a reset leaves a machine that works."""
+    pc = find(reusing, "storekv", f"kv.{layer}")
+    line = disassemble(reusing.program.words[pc])
+    bad = patched(reusing, pc, change(" ".join(part for part in line.split() if not part.startswith("places="))
+                                      if cause == FaultCause.KV_FULL else line))
+    with open_device("rtl", CONFIG, reusing.map.memory * BEAT) as device:
+        for opened in (open_device("functional", CONFIG, reusing.map.memory * BEAT), device):
+            broken = Accelerator(opened, bad, timeout=60, watchdog=3000)
+            broken.position = position
+            with pytest.raises(DeviceError, match=cause.name):
+                list(broken.generate(PROMPT, COUNT, stop=()))
+            assert opened.fault() == (cause, pc, port)
+        device.reset()
+        reference = on("functional", reusing)
+        expected = list(reference.generate(PROMPT, COUNT, stop=())), reference.logits()
+        assert_works(Accelerator(device, reusing, watchdog=3000), expected)
 
 
 def test_running_off_the_end(compiled, expected, accelerator):
