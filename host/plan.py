@@ -29,11 +29,11 @@ class KvSizes:
 
     share : part of all (layer, position) pairs that memory holds records for, 0..1; it runs out with a fault where
         tokens execute attention more often
-    buffer : bytes of the history buffer, all ports together; None for all of it
+    buffer : bytes of the history buffer, all ports together; by default all of it
     """
 
     share: float = 1.0
-    buffer: int | None = 0
+    buffer: int | None = None
 
 
 @dataclass(frozen=True)

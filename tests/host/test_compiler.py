@@ -171,10 +171,10 @@ def test_reuse_provides_by_default_for_what_the_history_holds():
 def test_memory_and_buffer_of_kv_records_are_sized_for_the_model_or_as_asked():
     model, config = random_model(1, kinds=Q8, context=101), preset("tiny")  # records of 16 beats behind each of 2 ports
     plans = {key: make_plan(config, model.config, 101, kv, sizes) for key, kv, sizes in (
-        ("none", "reuse", None), ("all", "reuse", KvSizes(buffer=None)), ("less", "reuse", KvSizes(0.61, 2 * 8 * 40)),
+        ("none", "reuse", KvSizes(buffer=0)), ("all", "reuse", None), ("less", "reuse", KvSizes(0.61, 2 * 8 * 40)),
         ("least", "reuse", KvSizes(0.0)), ("dense", "dense", KvSizes(0.5, buffer=100)))}
     assert {key: (plan.record, plan.places, plan.buffer) for key, plan in plans.items()} == {
-        "none": (16, 51 * 2, 0), "all": (16, 51 * 2, 256 // 16), "less": (16, 63, 2), "least": (16, 51, 0),
+        "none": (16, 51 * 2, 0), "all": (16, 51 * 2, 16), "less": (16, 63, 2), "least": (16, 51, 16),
         "dense": (16, 0, 0)}
     compiled = compile_model(model, config, 101, make_routers(model, "reuse"), kv=KvSizes(0.61, 2 * 8 * 40))
     assert compiled.map.regions["kv"][1] == 63 * 16 and (compiled.map.places, compiled.map.buffer) == (63, 2)

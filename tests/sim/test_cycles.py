@@ -9,6 +9,7 @@ from skipopu.host.errors import CompileError
 from skipopu.host.passes.walk import Arguments
 from skipopu.host.performance.cycles import predict
 from skipopu.host.performance.memory import HbmMemory, IdealMemory
+from skipopu.host.plan import KvSizes
 from skipopu.host.routes import RandomRoutes, always_executing, words_of_routes
 from skipopu.host.runtime import Accelerator
 from skipopu.host.timeline import spans
@@ -58,7 +59,7 @@ def case(seed, config):
         model = random_model(seed, kinds=(str(rng.choice(["q4_0", "q4_1", "q8_0"])),), **geometry(rng, config))
         try:
             compiled = compile_model(model, config, context, always_executing(model, kv) if kv else None,
-                                     check=False, fused=bool(rng.random() < 0.8))
+                                     check=False, fused=bool(rng.random() < 0.8), kv=KvSizes(buffer=0))
             break
         except CompileError:
             continue
