@@ -121,6 +121,7 @@ class _Machine:
         self.requested = 0  # loads
         self.loader = 0  # cycle in which the load unit can take the next command, or prepare the next record
         self.runs: deque[tuple[int, int]] = deque()  # count, address: of the load that is being requested
+        self.queued: deque[int] = deque(maxlen=cycles.runs)  # cycles in which the readers took the last runs
         self.following = False  # it follows the history
         self.jobs: deque[_Command] = deque()  # loads requested, not delivered
         self.kv_tiles: list[int] = []  # cycle in which the last superbeat of each KV tile was written
@@ -290,8 +291,11 @@ class _Machine:
     def _request_run(self) -> bool:
         """The next run of the load that is being requested goes to the readers."""
         count, address = self.runs.popleft()
-        taken = self.stream.add_run(self.loader + self.cycles.record * self.following, count, address)
-        self.loader = taken + self.cycles.reload
+        queued = self.loader + self.cycles.record * self.following
+        if len(self.queued) == self.cycles.runs:
+            queued = max(queued, self.queued[0] + 1)
+        self.queued.append(self.stream.add_run(queued, count, address))
+        self.loader = queued + (not (self.following and self.runs))
         return True
 
     def _deliver(self) -> None:
@@ -313,7 +317,7 @@ class _Machine:
             self.found.unread += command.left * self.config.ports - beats
         else:
             self._deliver_rows(command)
-        command.done = stream.gives + 1
+        command.done = stream.gives + self.cycles.loaded + self.cycles.exponents * (command.mnemonic == "loadkv")
 
     def _deliver_rows(self, command: _Command) -> None:
         parts = self.config.superbeat_bytes // (4 * self.config.vector_lanes)
@@ -333,7 +337,7 @@ class _Machine:
                 if not self.jobs:
                     self.stream.request_run()
                 elif self.jobs[0].mnemonic == "loadw":
-                    self.jobs.popleft().done = self.stream.gives + 1
+                    self.jobs.popleft().done = self.stream.gives + self.cycles.loaded
                 else:
                     self._deliver()
             job = self.jobs[0]

@@ -25,8 +25,10 @@ class Cycles:
     unblock: int = 2  #: a unit is done to the pop of a command that waited for it
     # load unit
     fifo: int = 2  #: a beat arrives to when it can be taken
-    reload: int = 2  #: readers have taken a run to the next command
-    record: int = 4  #: of each record with reuse
+    runs: int = 16  #: that wait for the readers of a port
+    record: int = 4  #: of each row of records with reuse
+    loaded: int = 4  #: last superbeat taken to done
+    exponents: int = 1  #: more for a KV tile
     ahead: int = 8  #: loads requested and not delivered
     # compute unit
     shadow: bool = False  #: a tile is loaded while the one before is in use
