@@ -42,6 +42,17 @@ def test_accuracy_reports_against_targets(tmp_path):
     assert re.search(r"KL divergence, nats per token +\d\.\d\de-\d\d \| <= [\d.e-]+ +(met|MISSED)", done.stdout)
 
 
+def test_kv_compares_both_levels_and_fails_where_a_target_is_missed(tmp_path):
+    """The tiny overlay's pipelines, not its memory, set the pace, so that it misses the shares of the peak."""
+    done = subprocess.run([sys.executable, FOLDER / "kv.py", "--config", "tiny", "--layers", "4", "--kv-heads", "2",
+                           "--head-dim", "16", "--tokens", "32", "128", "--output", tmp_path],
+                          capture_output=True, text=True, timeout=500)
+    assert "counters and results of all 10 rows are the functional level's" in done.stdout, done.stderr
+    assert re.search(r"reuse, buffer, effective \(paper 101.5%\) +\d+.\d% \| >= 112% +MISSED", done.stdout)
+    assert re.search(r"KV storage saved \(paper 25.4%\) +25.00% \| >= 24.9% +met", done.stdout)
+    assert done.returncode == 1 and (tmp_path / "cost.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize(("script", "options", "message"), [
     ("accuracy.py", ["absent.npz"], "absent.npz: cannot be read"),
     ("accuracy.py", [], "has no tokenizer for paragraphs.txt"),
