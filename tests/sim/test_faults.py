@@ -182,7 +182,7 @@ def test_token_id_beyond_memory(compiled, expected, accelerator):
     ("loada", "rope"), ("loadw", "layers.0.q"), ("loadkv", "kv.1"), ("loadw", "head")])
 def test_read_error_names_instruction_and_port(compiled, expected, accelerator, mnemonic, region, port, code):
     address, size = compiled.map.regions[region]
-    at = (address + (0 if region == "rope" else size // 3)) * BEAT
+    at = (address + (0 if region in ("rope", "kv.1") else size // 3)) * BEAT  # of the records only those of the prompt
     accelerator.device.sim.inject_error(port, "read", addresses=(at, at + BEAT), code=code)
     assert_fault(accelerator, FaultCause.READ_ERROR, find(compiled, mnemonic, region), port)
     accelerator.device.sim.clear_faults()
