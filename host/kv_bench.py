@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 from skipopu.hw.config import OverlayConfig, preset
-from skipopu.hw.isa import Condition, Register, Resource, RowList, RowScale
+from skipopu.hw.isa import Condition, Destination, MatmulMode, Register, Resource, RowList, RowScale
 from skipopu.hw.registers import DebugBuffer
 
 from .attention import AttentionTiles
 from .compiled import Compiled, ImageMap
 from .errors import RequestError
-from .layout import MemoryMap, ceil_div, pack_rows, row_superbeats, stripe
+from .layout import MemoryMap, ceil_div, pack_rows, pack_weights, row_superbeats, scale_exponent, stripe
 from .model import ModelConfig
 from .plan import KvSizes, Plan, make_plan
 from .program import WORD_BYTES, Builder, vector_imm
@@ -130,7 +130,15 @@ class _Program:
         self.plan, self.config, self.buffers = plan, plan.config, buffers
         self.build = Builder()
         self.memory = MemoryMap(plan.config)
-        self.queries = self.memory.add("queries", row_superbeats(plan.config, plan.q_width))
+        rng, shape = np.random.default_rng(1), (plan.q_width, plan.hidden)
+        codes = rng.integers(-128, 128, shape).astype(np.int8)
+        scale = np.full((shape[0], shape[1] // plan.config.block), 2.0**-11, np.float16)
+        self.parts = {  # what queries are made of: a row of ones, and weights
+            "ones": pack_rows(plan.config, np.ones((1, plan.hidden), np.float32)),
+            "weights": pack_weights(plan.config, MatmulMode.W8, codes, scale)}
+        self.scale_exponent = scale_exponent(MatmulMode.W8, scale)
+        for name, stream in self.parts.items():
+            self.memory.add(name, len(stream))
         self.image = self.memory.top
         self.regions = [self.memory.regions[region][0] if region in self.memory.regions
                         else self.memory.add(region, plan.region_superbeats)
@@ -165,8 +173,8 @@ class _Program:
             emit("halt")
         self.memory.add("program", ceil_div(len(self.build.words) * WORD_BYTES * 8, self.config.port_bits))
         image = np.zeros((self.config.ports, self.image * self.config.port_bits // 8), np.uint8)
-        queries = np.random.default_rng(1).standard_normal((1, plan.q_width)).astype(np.float32) * 0.25
-        stripe(self.config, image, self.queries, pack_rows(self.config, queries))
+        for name, stream in self.parts.items():
+            stripe(self.config, image, self.memory.regions[name][0], stream)
         return Compiled(config=self.config, program=self.build.program(), image=image, map=ImageMap(
             regions=self.memory.regions, image=self.image, memory=self.memory.top, chunk=plan.chunk,
             context=plan.context, vocab=1 << 16, logits_width=0, layers=plan.model.layers, model="kv", identity="kv",
@@ -183,13 +191,19 @@ class _Program:
 
     def _store(self) -> None:
         """Queries to MBUF, and the records of all layers."""
-        plan, emit, at = self.plan, self.build.emit, self.plan.addresses()
-        beats = plan.beats(plan.q_width)
-        emit("loada", writes=Resource.SCORES, imm=self.queries, rows=1, x=at["scores"],
-             count=row_superbeats(self.config, plan.q_width), beats=beats, dst_stride=beats)
-        emit("vscale", reads=Resource.SCORES, writes=Resource.MQ, rows=1, heads=1, groups=1, beats=beats,
-             row_stride=beats, vector=plan.beats(plan.head_dim), scale=RowScale.ONE,
-             imm=vector_imm(at["scores"], at["mq"] * (self.config.lanes // self.config.vector_lanes)))
+        plan, emit, at, config = self.plan, self.build.emit, self.plan.addresses(), self.config
+        ratio, beats, inner = config.lanes // config.vector_lanes, plan.beats(plan.q_width), plan.beats(plan.hidden)
+        row = {"rows": 1, "heads": 1, "groups": 1}
+        emit("loada", writes=Resource.X, imm=self.memory.regions["ones"][0], rows=1, x=at["x"],
+             count=row_superbeats(config, plan.hidden), beats=inner, dst_stride=inner)
+        emit("vscale", reads=Resource.X, writes=Resource.MX, imm=vector_imm(at["x"], at["mx"] * ratio), **row,
+             beats=inner, row_stride=inner, vector=inner)
+        emit("loadw", imm=self.memory.regions["weights"][0], count=len(self.parts["weights"]))
+        emit("matmul", reads=Resource.MX, x=at["mx"], mode=MatmulMode.W8, **row, beats=beats,
+             n_tiles=ceil_div(plan.q_width, config.columns), k_tiles=plan.rows(plan.hidden),
+             row_stride=plan.rows(plan.hidden), scale_exponent=self.scale_exponent)
+        emit("vrope", writes=Resource.MQ, imm=vector_imm(0, at["mq"] * ratio), **row, beats=beats, row_stride=beats,
+             vector=plan.beats(plan.head_dim), scale=RowScale.ONE, dest=Destination.MBUF)
         for layer in range(plan.model.layers):
             self._route(layer)
             self.build.at(layer, "attention", f"kv.{layer}",

@@ -315,6 +315,24 @@ def test_a_bundle_keeps_its_routers(call, model, folder, tmp_path):
     assert found["tokens"] == expected["tokens"] and found["skip_mlp"] == expected["skip_mlp"] > 0
     assert call.json("generate", "-m", bundle, *PROMPT, "-n", 2, "--force-skip", 1)["skip_mlp"] == 1
     assert "a bundle is made with its routers" in call.bad("generate", "-m", bundle, *PROMPT, "--kv", "reuse")
+    assert "a bundle is made with its KV memory" in call.bad("generate", "-m", bundle, *PROMPT, "--buffer", 0)
+
+
+def test_sizes_of_kv_memory(call, model, tmp_path):
+    arguments = ("generate", *model, *PROMPT, *TINY, "-n", 6, "--kv", "reuse", "--force-skip", 0.5, "--seed", 2)
+    expected = call.json(*arguments)
+    for sizes in (("--buffer", 0), ("--buffer", 512), ("--kv-share", 0.9)):
+        found = call.json(*arguments, *sizes)
+        assert found["tokens"] == expected["tokens"]
+    assert call.json(*arguments, "--buffer", 0)["bytes_read"] > expected["bytes_read"]  # all of it by default
+    assert "has 4096 bytes; ask for 0..4096, not 5000" in call.bad(*arguments, "--buffer", 5000)
+    assert "must be 0..1, not 2" in call.bad(*arguments, "--kv-share", 2)
+    assert "memory for KV records is full" in call.bad(*arguments[:-4], "--context", 8, "--kv-share", 0, "--json")
+    assert "device functional has no memory timing to choose" in call.bad(*arguments, "--memory", "hbm")
+    bundle = tmp_path / "small.skpu"
+    full, less = (call.json("compile", *model, *TINY, "--kv", "reuse", "-o", bundle, *sizes)["bytes"]["kv"]
+                  for sizes in ((), ("--kv-share", 0.75)))
+    assert less == pytest.approx(0.75 * full, rel=0.01)
 
 
 def test_compare_and_eval_with_routers(call, model, folder):

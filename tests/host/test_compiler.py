@@ -192,6 +192,12 @@ def test_impossible_sizes_of_kv_memory(sizes, message):
         make_plan(preset("tiny"), random_model(1).config, kv="reuse", sizes=KvSizes(**sizes))
 
 
+def test_more_layers_than_pointers_have():
+    model = random_model(1, kinds=Q8, layers=17, hidden=32, heads=2, kv_heads=1, head_dim=16, mlp=32, context=16)
+    with pytest.raises(CapacityError, match="history_layers .* must be at least 17 but is 16; use .* tiny or sim"):
+        make_plan(preset("ulx3s"), model.config, 16, "reuse")
+
+
 def test_more_records_than_pointers_can_name():
     model = random_model(1, kinds=Q8, layers=64, hidden=32, mlp=32, head_dim=8, context=8192)
     with pytest.raises(CapacityError, match=r"storekv.places .* must be at least 65536 but is 65535"):

@@ -1,5 +1,6 @@
 """The bench of KV records: patterns, what moves, tables and pictures, and its mistakes in one line each."""
 
+import dataclasses
 import json
 import re
 
@@ -15,7 +16,7 @@ from skipopu.host.kv_report import draw_cost, draw_shares, table
 from skipopu.host.load import load_model
 from skipopu.host.routers import Routers, save_routers
 from skipopu.host.session import open_accelerator
-from skipopu.hw.config import preset
+from skipopu.hw.config import ConfigError, preset
 from skipopu.sim.device import RtlDevice
 from test_cli import Call, Counting
 
@@ -144,6 +145,11 @@ def test_a_result_that_depends_on_the_buffer_is_an_error(monkeypatch):
 def test_beyond_the_configuration(contexts, buffers, error, message):
     with pytest.raises(error, match=message):
         rows_of(contexts, [make_pattern("random", LAYERS, max(contexts))], buffers)
+
+
+def test_ports_that_are_no_power_of_two():
+    with pytest.raises(ConfigError, match="ports must be a power of two, not 3"):
+        dataclasses.replace(CONFIG, ports=3)
 
 
 # ---- memory of simulated hardware
