@@ -1,8 +1,8 @@
 """What narrower KV records would cost in quality: the functional level with keys and values rounded as they are stored.
 
-A record keeps one exponent for every head's key and value, and a mantissa of so many bits for every element. 14 bits
+A record keeps one exponent for every head's key and value, and a mantissa of so many bits for every element. 13 bits
 are what the array multiplies anyway (`docs/numerics.md`), so that they change nothing; the check of that is exact.
-Prints the distance to the float reference, as `skipopu eval` does; exits with 1 if 14 bits change a logit or 8 bits
+Prints the distance to the float reference, as `skipopu eval` does; exits with 1 if 13 bits change a logit or 8 bits
 cost more than the target.
 """
 
@@ -37,7 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=4, help="sequences (default: %(default)s)")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence (default: %(default)s)")
     parser.add_argument("--config", default="sim")
-    parser.add_argument("--formats", default="16,14,12,8,8k,8v", help="mantissa bits with the sign, of keys and values "
+    parser.add_argument("--formats", default="16,13,12,8,8k,8v", help="mantissa bits with the sign, of keys and values "
                                                                      "or of one of them (default: %(default)s)")
     return parser.parse_args()
 
@@ -108,12 +108,12 @@ def main() -> int:
         rows += [Row(f"{name} bits: perplexity", report["perplexity"], "simulated", "{:.4f}"),
                  Row(f"{name} bits: KL to the reference, nats", report["kl"], "simulated", "{:.3e}"),
                  Row(f"{name} bits: KL added", added, "simulated", "{:+.3e}",
-                     at_most(KL_TARGET, "{:g}") if name == "8" else at_most(0.0) if name == "14" else None),
+                     at_most(KL_TARGET, "{:g}") if name == "8" else at_most(0.0) if name == "13" else None),
                  Row(f"{name} bits: top-1 agreement", report["top1"], "simulated", "{:.2%}")]
     show(f"KV records with one exponent a head vector ({sequences.size - len(sequences)} tokens)", rows)
-    changed = "14" in logits and "16" in logits and not np.array_equal(logits["14"], logits["16"])
+    changed = "13" in logits and "16" in logits and not np.array_equal(logits["13"], logits["16"])
     if changed:
-        print("14 bits CHANGE logits, which must stay the same bit for bit")
+        print("13 bits CHANGE logits, which must stay the same bit for bit")
     return int(changed or any(row.cells()[3] == "MISSED" for row in rows))
 
 
