@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from common import Row, at_least, machine, show
@@ -16,7 +17,16 @@ from skipopu.host.errors import SkipopuError
 from skipopu.host.kv_bench import KV_CONFIG, KvRow, geometry, make_pattern, measure
 from skipopu.host.kv_report import draw_cost, draw_shares, table
 from skipopu.hw.config import preset
+from skipopu.sim.hbm import HbmTiming
+from skipopu.sim.native import MemoryTiming
 
+#: Two ports of 64 bits at eight times the clock: a port has the bytes per second, per burst and in flight of 512 bits
+#: at 225 MHz, with the latencies, refreshes and rows of the same memory; an access brings one of its beats. Small
+#: enough to be built and run in minutes.
+SMALL = replace(preset("tiny"), name="kvsmall", burst_beats=128, fifo_beats=4096, outstanding=16, history_tokens=2048,
+                buffer_beats=16384)
+_HBM = HbmTiming()
+SMALL_TIMING = MemoryTiming(hbm=HbmTiming(core_mhz=8 * _HBM.core_mhz, memory_mhz=8 * _HBM.core_mhz, same_group=1))
 PAPER = {"dense": 0.887, "reuse": 0.782, "reuse, buffer": 1.015, "alternate, buffer": 0.831}
 TARGETS = {"dense": 0.90, "reuse": 0.86, "reuse, buffer": 1.12, "alternate, buffer": 0.94}
 SAVED = 0.249
@@ -26,7 +36,8 @@ COUNTED = ("tokens", "pattern", "buffer_bytes", "memory_bytes", "buffer_bytes_se
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", default=KV_CONFIG.name, help="overlay configuration (default: %(default)s)")
+    parser.add_argument("--config", default=KV_CONFIG.name, help="overlay configuration, or kvsmall: narrow ports at "
+                                                                 "a higher clock (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--kv-heads", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--head-dim", type=int, default=64, help="default: %(default)s")
@@ -62,7 +73,9 @@ def summary(rows: list[KvRow]) -> list[Row]:
 def main() -> int:
     """Measure on both levels and print the tables."""
     options = arguments()
-    config = KV_CONFIG if options.config == KV_CONFIG.name else preset(options.config)
+    own = {item.name: item for item in (KV_CONFIG, SMALL)}
+    config = own.get(options.config) or preset(options.config)
+    memory = {"timing": SMALL_TIMING} if config is SMALL else {"memory": options.memory}
     model = geometry(options.layers, options.kv_heads, options.head_dim)
     patterns = [make_pattern(name, options.layers, max(options.tokens), options.skip, options.seed)
                 for name in ("dense", "random", "alternate")]
@@ -71,7 +84,7 @@ def main() -> int:
     expected = list(measure(config, model, options.tokens, patterns, (0, None)))
     got = []
     for row in measure(config, model, options.tokens, patterns, (0, None), "rtl", lambda line: print(f"  {line}"),
-                       memory=options.memory):
+                       **memory):
         got.append(row)
         print(f"  {row.pattern}, {row.tokens} tokens, {row.buffer_bytes} bytes of buffer: {row.cycles:,} cycles, "
               f"effective {row.effective_share:.1%}, physical {row.physical_share:.1%}", flush=True)
