@@ -49,12 +49,13 @@ class OverlayConfig:
     queue_depth: int = 8  #: instructions waiting per unit
     cache_words: int = 256  #: instruction cache, 256-bit words
     dsp: str = "generic"  #: multipliers that the PE array is made of, one of DSPS; changes no result and no timing
+    counters: bool = True  #: count cycles and events; without, those registers read zero. Changes no result and no timing
 
     def __post_init__(self):
         plain = {"name", "state_rows", "dsp"} | ({"buffer_beats"} if self.buffer_beats == 0 else set())
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in plain:
+            if field.name in plain or field.name == "counters":
                 continue
             if not isinstance(value, int) or value < 1 or value & (value - 1):
                 raise ConfigError(f"{field.name} must be a power of two, not {value!r}")
@@ -117,7 +118,7 @@ class OverlayConfig:
     @property
     def config_hash(self):
         """First 32 bits of the SHA-256 of all sizes; readable from the hardware."""
-        sizes = {name: value for name, value in dataclasses.asdict(self).items() if name != "dsp"}
+        sizes = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("dsp", "counters")}
         text = json.dumps(sizes, sort_keys=True)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 

@@ -163,6 +163,9 @@ class Csr(wiring.Component):
 
         # Counters, cleared at start.
         def count(name, event, index=0):
+            if not self.config.counters:
+                show(name, Const(0, COUNTER_BITS), index)
+                return
             counter = Signal(COUNTER_BITS, name=f"{name.lower()}_{index}")
             with m.If(start):
                 m.d.sync += counter.eq(0)

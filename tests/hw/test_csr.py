@@ -261,6 +261,27 @@ def test_registers():
               control_reads_and_notes_routes)
 
 
+@bench(seed=[1])
+async def without_counters_their_registers_read_zero(dut, seed):
+    host = Host(dut)
+    await host.write("CTRL", START)
+    dut.events.value = (1 << len(dut.events)) - 1
+    for signal in (dut.control__running, dut.control__dispatched):
+        signal.value = 1
+    dut.beats_read.value = dut.beats_written.value = (1 << CONFIG.ports) - 1
+    await ClockCycles(dut.clk, 20)
+    assert [await host.read64(name) for name, _ in COUNTERS] == [0] * len(COUNTERS)
+    for port in range(CONFIG.ports):
+        assert (await host.read64("BEATS_READ", port), await host.read64("BEATS_WRITTEN", port)) == (0, 0)
+    assert await host.read("LANES") == CONFIG.lanes and await host.read("STATUS") & Status.RUNNING
+
+
+def test_counters_can_be_left_out():
+    config = dataclasses.replace(CONFIG, counters=False)
+    assert config.config_hash == CONFIG.config_hash  # programs and results are the same
+    run_bench(Csr(config=config), without_counters_their_registers_read_zero)
+
+
 def test_too_many_ports_for_the_map_are_refused():
     config = dataclasses.replace(preset("u280"), ports=64)
     with pytest.raises(ValueError, match="the register map holds 32 ports and 128 tokens, not 64 and 32"):
