@@ -1,4 +1,4 @@
-"""The commands about performance: ``profile``, ``fit`` and ``explore``."""
+"""The commands about performance: ``profile``, ``fit``, ``explore`` and ``bench paper``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..model import ModelConfig
     from .outline import Kind
 
-__all__ = ["explore", "fit", "profile"]
+__all__ = ["explore", "fit", "paper", "profile"]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
@@ -205,3 +205,31 @@ def _shape(model: str | None, geometry: str | None, weights: str) -> tuple[Model
     if not isinstance(source, Model):
         raise RequestError("a bundle holds only a model's compiled form; give the model itself, or --geometry")
     return source.config, kinds_of(source)
+
+
+def paper(output: Annotated[str, typer.Option("-o", "--output", help="Page to write.")] = "docs/paper.md",
+          config: Annotated[str, typer.Option("--config", help=f"Overlay configuration: {', '.join(PRESETS)}.")]
+          = "u280",
+          kv: Annotated[str | None, typer.Option("--kv", help="kv.json that `skipopu bench kv --device rtl -o FOLDER` "
+                                                              "wrote: the figures of section 5.4.")] = None,
+          synthesis: Annotated[bool, typer.Option("--synthesis/--no-synthesis", help="Synthesise for tables 1 and 2: "
+                                                                                      "minutes to an hour.")] = True,
+          as_json: JsonOption = False) -> None:
+    """Write the paper's tables beside ours: its value, ours, what kind of figure, the gap, the command."""
+    from ..console import whole_file
+    from . import paper as tables
+    chosen = preset(config)
+    command = " ".join(["skipopu bench paper", *([f"--config {config}"] if config != "u280" else []),
+                        *(["--kv kv.json"] if kv else []), *([] if synthesis else ["--no-synthesis"])])
+    kv_memory = tables.kv_section(kv)
+    with whole_file(output) as partial, progress("tables") as update:
+        sections = tables.sections(chosen, kv_memory, synthesis, lambda line: update(None, line[:80]))
+        partial.write_text(tables.document(sections, chosen, command), encoding="utf-8")
+    if as_json:
+        print_json({"sections": [{"title": item.title, "rows": [vars(row) for row in item.rows]} for item in sections]})
+        return
+    for section in sections:
+        print(section.title)
+        for row in section.rows:
+            print("  " + "  ".join(row.cells()[:-1]))
+    note(f"{output} written")
