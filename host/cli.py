@@ -38,6 +38,7 @@ for _command in (train, tune, board_commands.export, board_commands.devices, boa
                  performance_commands.explore, performance_commands.fit,
                  performance_commands.profile):
     app.command()(_command)
+bench_command.app.command()(performance_commands.paper)
 app.add_typer(bench_command.app)
 
 ModelOption = Annotated[str, typer.Option("-m", "--model", help="GGUF file, Hugging Face folder, bundle, or a name "

@@ -49,7 +49,7 @@ class OverlayConfig:
     queue_depth: int = 8  #: instructions waiting per unit
     cache_words: int = 256  #: instruction cache, 256-bit words
     dsp: str = "generic"  #: multipliers that the PE array is made of, one of DSPS; changes no result and no timing
-    counters: bool = True  #: count cycles and events; without, those registers read zero. Changes no result and no timing
+    counters: bool = True  #: of cycles and events; without, their registers read zero; changes no result and no timing
 
     def __post_init__(self):
         plain = {"name", "state_rows", "dsp"} | ({"buffer_beats"} if self.buffer_beats == 0 else set())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,7 @@ def open_profiled(device: str, compiled: Compiled, log: Callable[[str], None], f
                   memory: str = "ideal") -> Profiled:
     """``compiled`` on a newly opened device, recording. memory : simulated or predicted, one of `memory.MODELS`"""
     memory_model(memory, compiled.config)
-    options = device_options(device, log)
-    if device == "rtl" and memory == "hbm":
-        options["timing"] = import_module("skipopu.sim.native").MemoryTiming(
-            hbm=import_module("skipopu.sim.hbm").HbmTiming())
+    options = device_options(device, log, memory if device == "rtl" else None)
     size = compiled.map.memory * compiled.config.port_bits // 8
     return Profiled(open_device(device, compiled.config, size, **options), compiled, force=force, memory=memory)
 
