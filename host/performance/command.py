@@ -212,15 +212,18 @@ def paper(output: Annotated[str, typer.Option("-o", "--output", help="Page to wr
           = "u280",
           kv: Annotated[str | None, typer.Option("--kv", help="kv.json that `skipopu bench kv --device rtl -o FOLDER` "
                                                               "wrote: the figures of section 5.4.")] = None,
-          synthesis: Annotated[bool, typer.Option("--synthesis/--no-synthesis", help="Synthesise for tables 1 and 2: "
-                                                                                      "minutes to an hour.")] = True,
+          synthesis: Annotated[str, typer.Option("--synthesis", help="What Yosys synthesises: all (tables 1 and 2, "
+                                                                     "hours for u280), unit (table 1), none.")]
+          = "unit",
           as_json: JsonOption = False) -> None:
     """Write the paper's tables beside ours: its value, ours, what kind of figure, the gap, the command."""
     from ..console import whole_file
     from . import paper as tables
     chosen = preset(config)
-    command = " ".join(["skipopu bench paper", *([f"--config {config}"] if config != "u280" else []),
-                        *(["--kv kv.json"] if kv else []), *([] if synthesis else ["--no-synthesis"])])
+    options = [f"--config {config}"] if config != "u280" else []
+    options += ["--kv kv.json"] if kv else []
+    options += [f"--synthesis {synthesis}"] if synthesis != "unit" else []
+    command = " ".join(["skipopu bench paper", *options])
     kv_memory = tables.kv_section(kv)
     with whole_file(output) as partial, progress("tables") as update:
         sections = tables.sections(chosen, kv_memory, synthesis, lambda line: update(None, line[:80]))

@@ -79,13 +79,20 @@ def test_synthesis_is_asked_for_and_shares_stand_beside_the_papers(monkeypatch):
                                                          ["-", "20.00%", "estimated", "-"]]
 
 
+def test_what_is_not_synthesised_is_left_open():
+    found = paper.whole_section(preset("u280"), quiet, synthesise=False)
+    assert {row.what: row.ours for row in found.rows} == dict.fromkeys(("LUT", "FF", "DSP", "URAM"))
+    with pytest.raises(RequestError, match="--synthesis takes all, unit, none, not 'some'"):
+        paper.sections(preset("u280"), kv_section(None), "some", quiet)
+
+
 def test_command_writes_the_page(capsys, tmp_path, monkeypatch):
     some = Section("Table 9: things", [Row("thing", 0.5, 0.6, "predicted", "skipopu fit")], ["Why."])
     monkeypatch.setattr(paper, "sections", lambda *_: [some])
     with pytest.raises(SystemExit) as end:
-        main(["bench", "paper", "-o", str(tmp_path / "paper.md"), "--no-synthesis"])
+        main(["bench", "paper", "-o", str(tmp_path / "paper.md"), "--synthesis", "none"])
     assert end.value.code == 0 and "thing  50.0%  60.0%  predicted  +10.0 points" in capsys.readouterr().out
     text = (tmp_path / "paper.md").read_text()
-    assert text == document([some], preset("u280"), "skipopu bench paper --no-synthesis")
+    assert text == document([some], preset("u280"), "skipopu bench paper --synthesis none")
     assert "| thing | 50.0% | 60.0% | predicted | +10.0 points | `skipopu fit` |" in text and "\nWhy.\n" in text
     assert command.paper.__doc__
