@@ -216,12 +216,13 @@ def kv_section(results: str | Path | None) -> Section:
     rows = [Row(f"{what} (paper: interleaved addresses 55.8%)" if what.endswith("no buffer") else what, paper,
                 _best(found, pattern, buffered, key), "simulated", command)
             for what, paper, pattern, buffered, key in wanted]
-    notes = [f"Largest context of the results file ({where}). [kv-memory.md](kv-memory.md) has all of them."
+    notes = [f"At the largest context that the results file has for each row ({where})."
              if found else f"Not measured in this run: give --kv the kv.json of `{command}`."]
     return Section("Section 5.4: bandwidth of keys and values", rows, [
         *notes,
-        "`Effective` counts bytes that came from the buffer as if memory had moved them, as the paper does: it may "
-        "pass 100%.",
+        "`Effective` counts bytes that came from the buffer as if memory had moved them, as the paper does: it may pass "
+        "100%. Ours cannot, as long as the array takes tiles from the KV buffer at one superbeat a cycle, which is the "
+        "ports' peak: bytes are saved, time is not yet ([kv-memory.md](kv-memory.md)).",
     ])
 
 
