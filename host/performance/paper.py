@@ -220,9 +220,9 @@ def kv_section(results: str | Path | None) -> Section:
              if found else f"Not measured in this run: give --kv the kv.json of `{command}`."]
     return Section("Section 5.4: bandwidth of keys and values", rows, [
         *notes,
-        "`Effective` counts bytes that came from the buffer as if memory had moved them, as the paper does: it may pass "
-        "100%. Ours cannot, as long as the array takes tiles from the KV buffer at one superbeat a cycle, which is the "
-        "ports' peak: bytes are saved, time is not yet ([kv-memory.md](kv-memory.md)).",
+        "`Effective` counts bytes that came from the buffer as if memory had moved them, as the paper does: it may "
+        "pass 100%. Ours cannot, as long as the array takes tiles from the KV buffer at one superbeat a cycle, which "
+        "is the ports' peak: bytes are saved, time is not yet ([kv-memory.md](kv-memory.md)).",
     ])
 
 
