@@ -19,7 +19,8 @@ from pathlib import Path
 from skipopu.hw.verilog import run_yosys, to_rtlil
 from skipopu.sim.cache import cached_text
 
-__all__ = ["TARGETS", "Resources", "SynthesisError", "Target", "resources", "share_modules", "synthesise", "target"]
+__all__ = ["TARGETS", "Resources", "SynthesisError", "Target", "cells_of", "resources", "share_modules", "synthesise",
+           "target"]
 
 _TOP = "synth_top"
 _REPEATED = 4  # instances from which a module is synthesised once
@@ -188,7 +189,7 @@ def synthesise(component, on, *, name="the design", log=None):
             source.write_text(text)
             run_yosys([f"read_rtlil {source}", *on.commands(), f"tee -q -o {result} stat -json -top {_TOP}"], name=name,
                       log=lambda command: say(f"{name}: {_stage(command)}"))
-            return json.dumps(_total(json.loads(result.read_text())["modules"]), sort_keys=True)
+            return json.dumps(cells_of(json.loads(result.read_text())["modules"], _TOP), sort_keys=True)
 
     return Counter(json.loads(cached_text("synth", f"{key}.json", make)))
 
@@ -197,8 +198,8 @@ def _stage(command):
     return command.rpartition(":")[0].rpartition(" ")[2] if " -run " in command else command.split()[0]
 
 
-def _total(modules):
-    """Cells of the whole design, each module as often as it occurs."""
+def cells_of(modules, top):
+    """Counter of the cells of a whole design, each module as often as it occurs; ``modules`` of Yosys's ``stat``."""
     found = {}
 
     def count(name):
@@ -213,4 +214,4 @@ def _total(modules):
             found[name] = total
         return found[name]
 
-    return count(_TOP)
+    return count(top)

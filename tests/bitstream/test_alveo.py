@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from importlib.resources import files
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -18,6 +19,7 @@ from skipopu.hw.kernel import KERNEL
 from skipopu.hw.registers import Access, address, registers
 from skipopu.hw.verilog import YosysError, run_yosys
 from skipopu.sim.toolchain import find_toolchain
+from xmlschema import XMLSchema
 
 try:
     import tkinter
@@ -104,6 +106,17 @@ def test_offsets_are_those_of_the_register_map(board):
         assert int(arg.get("size"), 16) == 4 * item.words and item.access == Access.READ_WRITE
     pointers = {arg.get("port"): arg.get("name") for arg in found if arg.get("addressQualifier") == "1"}
     assert pointers == {"mi_axi": "PROGRAM", **{f"m{p:02}_axi": f"PORT_BASE_{p:02}" for p in range(config.ports)}}
+
+
+@BOARDS
+def test_the_description_follows_the_schema(board):
+    schema = XMLSchema(Path(__file__).with_name("kernel.xsd"))
+    text = kernel_xml(board, preset(board.config))
+    schema.validate(text)
+    for old, new in (('mode="slave"', 'mode="both"'), ('addressQualifier="1"', 'addressQualifier="2"'),
+                     (' id="3"', ' id="2"'), ('port="m07_axi"', 'port="m99_axi"'),
+                     ('dataWidth="256"', 'dataWidth="200"'), (' workGroupSize="1"', "")):
+        assert old in text and not schema.is_valid(text.replace(old, new, 1)), old
 
 
 @BOARDS
