@@ -222,8 +222,9 @@ class PeArray(wiring.Component):
 
     Members
     -------
-    codes, load_codes : superbeat of 4-bit codes; bit j of load_codes: it is the j-th of its tile
+    codes, load_codes : superbeat of 4-bit codes; bit j of load_codes: it is the j-th of the next tile
     mantissas, load_keys, load_values : superbeat of the KV buffer, and which one of a K or V tile it is
+    switch : the next tile, loaded before, is in use for rows that enter in later cycles; another one may be loaded
     row_en, row, maximum, control : an MBUF row enters (stage 1), with its vector's largest exponent
     scale, minimum : scales of the tile in use, valid one cycle after row_en of its rows
     tile_done : every row of a column tile is in the accumulators (`latency` cycles after its last row)
@@ -237,7 +238,7 @@ class PeArray(wiring.Component):
         codes, keys, values = tile_beats(config)
         super().__init__({
             "codes": In(8 * config.superbeat_bytes), "mantissas": In(KV_BITS * config.ports * config.beat_elements),
-            "load_codes": In(codes), "load_keys": In(keys), "load_values": In(values),
+            "load_codes": In(codes), "load_keys": In(keys), "load_values": In(values), "switch": In(1),
             "row_en": In(1), "row": In(AlignedRow(config)), "maximum": In(signed(9)), "control": In(RowControl(config)),
             "scale": In(Scale()).array(config.columns, config.blocks),
             "minimum": In(Scale()).array(config.columns, config.blocks),
@@ -300,13 +301,15 @@ class PeArray(wiring.Component):
         return m
 
     def _load(self, m, pairs):
-        """Superbeats to the places of the tile that they fill, each lane with its `skew`."""
+        """Superbeats to where they wait for the `switch`, and from there to the tile registers; each lane with its `skew`.
+
+        A superbeat waits as it came. Simulated, that is a copy of a few long words, and the only one of each word.
+        """
         config = self.config
         lanes, columns, ports, elements = config.lanes, config.columns, config.ports, config.beat_elements
-        per_beat = columns // config.tile_beats
         shared = _shared_source(config)
         # In lines that other tools can read: the codes of a column, the numbers of a port.
-        codes = [self.codes.word_select(i, lanes * CODE_BITS) for i in range(per_beat)]
+        codes = [self.codes.word_select(i, lanes * CODE_BITS) for i in range(columns // config.tile_beats)]
         numbers = [self.mantissas.word_select(i, elements * KV_BITS) for i in range(ports)]
         if shared:
             transposed = [Cat(line.word_select(i, KV_BITS) for line in numbers) for i in range(elements)]
@@ -314,29 +317,46 @@ class PeArray(wiring.Component):
             m.d.comb += [line.eq(Mux(self.load_values.any(), value, key)) for line, value, key in
                          zip(numbers, transposed, (self.mantissas.word_select(i, elements * KV_BITS)
                                                    for i in range(ports)))]
-        times, ages = _times(config), 1 + max(skew(config.dsp, k) for k in range(lanes))
-        sources = [[codes, numbers, [self.load_codes], [self.load_keys], [self.load_values]]]
-        for age in range(1, times.row + ages):
-            sources.append([[_delay(m, line, 1, f"{name}{i}_{age}", reset_less=not name.startswith("load"))
-                             for i, line in enumerate(lines)] for lines, name in
-                            zip(sources[-1], ("codes", "numbers", "load_codes", "load_keys", "load_values"))])
-        strobes = {}
+            # Where superbeats of values go among those of keys.
+            inner, outer = lanes // elements, columns // elements
+            load_values = Cat(self.load_values[beat % inner * outer + beat // inner] for beat in range(inner * outer))
+        load_numbers = Signal.like(self.load_keys)
+        m.d.comb += load_numbers.eq(self.load_keys | (load_values if shared else self.load_values))
+        # What is loaded, and when it is in use.
+        of_codes, of_values = Signal(), Signal()
+        with m.If(self.load_codes.any() | load_numbers.any()):
+            m.d.sync += [of_codes.eq(self.load_codes.any()), of_values.eq(self.load_values.any())]
+        now = [self.switch, self.switch & of_codes, self.switch & of_values]
+        stages = [[codes, numbers, [self.load_codes], [load_numbers], now]]
+        for age in range(1, _times(config).row + 1 + max(skew(config.dsp, k) for k in range(lanes))):
+            stages.append([[_delay(m, line, 1, f"{name}{i}_{age}", reset_less=name in ("codes", "numbers"))
+                            for i, line in enumerate(lines)] for lines, name in
+                           zip(stages[-1], ("codes", "numbers", "load_codes", "load_numbers", "switch"))])
+        waiting = {}
+
+        def waits(age, kind, beat, line, word, size):
+            """A word of a superbeat that was loaded."""
+            lines, (load,) = stages[age][kind], stages[age][2 + kind]
+            if (age, kind, beat, line) not in waiting:
+                waiting[age, kind, beat, line] = held = Signal.like(
+                    lines[line], name=f"waits_{age}_{kind}_{beat}_{line}", reset_less=True)
+                with m.If(load[beat]):
+                    m.d.sync += held.eq(lines[line])
+            return waiting[age, kind, beat, line].word_select(word, size)
+
+        per_beat = columns // config.tile_beats
         for n in range(columns):
             pair, c = pairs[n // 2], n % 2
             for k in range(lanes):
-                age = times.row + skew(config.dsp, k)
-                code_lines, number_lines, *loads = sources[age]
-                beats = (n // per_beat, (n // ports) * (lanes // elements) + k // elements,
-                         (k // ports) * (columns // elements) + n // elements)
-                if (age, *beats) not in strobes:
-                    strobes[age, *beats] = load = Signal(name="load_" + "_".join(map(str, (age, *beats))))
-                    m.d.comb += load.eq(Cat(part[beat] for (part,), beat in zip(loads, beats)).any())
-                load_code, _, load_value = (part[beat] for (part,), beat in zip(loads, beats))
+                age = _times(config).row + skew(config.dsp, k)
+                in_use, code_in_use, value_in_use = stages[age][4]
                 m.d.comb += [
-                    pair.load[c][k].eq(strobes[age, *beats]), pair.load_code[c][k].eq(load_code),
-                    pair.code[c][k].eq(code_lines[n % per_beat].word_select(k, CODE_BITS)),
-                    pair.key[c][k].eq(number_lines[n % ports].word_select(k % elements, KV_BITS).as_signed()),
+                    pair.load[c][k].eq(in_use), pair.load_code[c][k].eq(code_in_use),
+                    pair.code[c][k].eq(waits(age, 0, n // per_beat, n % per_beat, k, CODE_BITS)),
+                    pair.key[c][k].eq(waits(age, 1, (n // ports) * (lanes // elements) + k // elements, n % ports,
+                                            k % elements, KV_BITS).as_signed()),
                 ]
                 if not shared:
-                    value = number_lines[k % ports].word_select(n % elements, KV_BITS)
-                    m.d.comb += [pair.load_value[c][k].eq(load_value), pair.value[c][k].eq(value.as_signed())]
+                    value = waits(age, 1, (k // ports) * (columns // elements) + n // elements, k % ports,
+                                  n % elements, KV_BITS)
+                    m.d.comb += [pair.load_value[c][k].eq(value_in_use), pair.value[c][k].eq(value.as_signed())]

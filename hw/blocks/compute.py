@@ -4,8 +4,9 @@ Three parts work at the same time: `TileFeed` turns the weight stream or KV tile
 sequencer walks the rows (h, n, k, g, t) and issues one MBUF row a cycle, the drain delivers finished accumulator rows
 to the vector unit, `V` columns a cycle.
 
-Timing of a tile: its rows are issued (S0: MBUF address), used one cycle later (S1: dot product). The next tile may be
-written from the cycle in which the last row is used, so one row per tile runs at one tile every `tile_beats` cycles.
+Timing of a tile: its rows are issued (S0: MBUF address), used one cycle later (S1: dot product). The next tile is loaded
+meanwhile, into registers of its own, and is in use with its first row: rows follow each other in every cycle, and
+superbeats too where there are fewer rows than superbeats.
 """
 
 from amaranth import Array, Cat, Module, Mux, Signal, signed
@@ -43,8 +44,9 @@ class TileFeed(wiring.Component):
     -------
     mode, scale_exponent : of the running MATMUL
     reset : the next superbeat starts a weight stream (a scale chunk)
-    allow : the tile registers may be written
+    allow : the next tile may be written
     arrived : the last superbeat of a tile is written at this clock edge
+    switch : the tile that has arrived is taken for use
     load_codes, load_keys, load_values : to the array
     use_first : the first row of the tile is in use; scale and minimum follow one cycle later
     """
@@ -56,7 +58,7 @@ class TileFeed(wiring.Component):
             "weights": In(stream.Signature(8 * config.superbeat_bytes)),
             "kv": In(stream.Signature(KvTile(config))),
             "enable": In(1), "reset": In(1), "mode": In(MatmulMode), "scale_exponent": In(signed(7)),
-            "allow": In(1), "arrived": Out(1), "use_first": In(1),
+            "allow": In(1), "arrived": Out(1), "switch": In(1), "use_first": In(1),
             "load_codes": Out(codes), "load_keys": Out(keys), "load_values": Out(values),
             "scale": Out(Scale()).array(config.columns, config.blocks),
             "minimum": Out(Scale()).array(config.columns, config.blocks),
@@ -76,7 +78,9 @@ class TileFeed(wiring.Component):
         beat = Signal(range(max(*tile_beats(config), *(config.scale_chunk(x)[0] for x in (False, True))) + 1))
         in_chunk, plane = Signal(init=1), Signal()
         most_groups = max(config.scale_chunk(x)[1] for x in (False, True))
-        group, tile_group, tile_plane = Signal(range(most_groups + 1)), Signal(range(most_groups)), Signal()
+        group = Signal(range(most_groups + 1))
+        next_group, tile_group, next_plane, tile_plane = (  # of the next tile, and of the one in use
+            Signal(range(most_groups)), Signal(range(most_groups)), Signal(), Signal())
         chunk_beats = Mux(with_minimum, config.scale_chunk(True)[0], config.scale_chunk(False)[0])
         chunk_groups = Mux(with_minimum, config.scale_chunk(True)[1], config.scale_chunk(False)[1])
 
@@ -94,19 +98,26 @@ class TileFeed(wiring.Component):
         ]
         chunk_depth = max(config.scale_chunk(x)[0] for x in (False, True))
         chunk = [Signal(8 * config.superbeat_bytes, name=f"chunk{i}", reset_less=True) for i in range(chunk_depth)]
+        # A chunk that follows the switch to a tile at once comes a cycle too early for the scales of that tile.
+        early, early_at = Signal(8 * config.superbeat_bytes, reset_less=True), Signal(chunk_depth)
+        m.d.sync += early_at.eq((take & in_chunk) << beat)
+        with m.If(take & in_chunk):
+            m.d.sync += early.eq(self.weights.payload)
+        for part, arrives in zip(chunk, early_at):
+            with m.If(arrives):
+                m.d.sync += part.eq(early)
+        with m.If(self.switch):
+            m.d.sync += [tile_group.eq(next_group), tile_plane.eq(next_plane)]
         with m.If(self.reset):
             m.d.sync += [in_chunk.eq(1), beat.eq(0), plane.eq(0)]
         with m.Elif(take & in_chunk):
-            for i, part in enumerate(chunk):
-                with m.If(beat == i):
-                    m.d.sync += part.eq(self.weights.payload)
             m.d.sync += beat.eq(beat + 1)
             with m.If(beat == chunk_beats - 1):
                 m.d.sync += [beat.eq(0), in_chunk.eq(0), group.eq(0)]
         with m.Elif(take):
             m.d.sync += beat.eq(beat + 1)
             with m.If(self.arrived):
-                m.d.sync += [beat.eq(0), tile_group.eq(group), tile_plane.eq(plane), plane.eq(is_w8 & ~plane)]
+                m.d.sync += [beat.eq(0), next_group.eq(group), next_plane.eq(plane), plane.eq(is_w8 & ~plane)]
                 with m.If(~is_w8 | plane):
                     m.d.sync += group.eq(group + 1)
                     with m.If(group == chunk_groups - 1):
@@ -114,7 +125,7 @@ class TileFeed(wiring.Component):
         with m.Elif(self.kv.ready & self.kv.valid):
             m.d.sync += beat.eq(Mux(self.kv.payload.last, 0, beat + 1))
 
-        # Which superbeat of a tile this is; the tile registers themselves stand in the array.
+        # Which superbeat of a tile this is; the registers of both tiles stand in the array.
         kv_take, is_pv = Signal(), Signal()
         m.d.comb += [kv_take.eq(self.kv.ready & self.kv.valid), is_pv.eq(self.mode == MatmulMode.PV)]
         for load, take_it in ((self.load_codes, codes_take), (self.load_keys, kv_take & ~is_pv),
@@ -229,7 +240,8 @@ class ComputeUnit(wiring.Component):
         begin = Signal()  # of a MATMUL
         taken = fields(self.cmd.payload.body, _MATMUL)
         acc_row, bank = Signal(range(config.acc_rows)), Signal()
-        full, issue, tile_ready, banks_free = Signal(), Signal(), Signal(), Signal()
+        full, issue, tile_ready, banks_free = Signal(), Signal(), Signal(), Signal()  # full: the next tile is there
+        switch, last_tile, fed = Signal(), Signal(), Signal()  # fed: nothing of the MATMUL is left to load
         last_t, last_g, last_k, last_n, last_h = Signal(), Signal(), Signal(), Signal(), Signal()
         first_t, last_row, first_row, last_of_all = Signal(), Signal(), Signal(), Signal()
         last_plane = (mode != MatmulMode.W8) | plane
@@ -239,19 +251,21 @@ class ComputeUnit(wiring.Component):
             last_t.eq(rest == 0), last_g.eq(g == f.groups - 1), last_k.eq((k == f.k_tiles - 1) & last_plane),
             last_n.eq(n == f.n_tiles - 1), last_h.eq(h == f.heads - 1),
             last_row.eq(last_t & last_g), first_row.eq(first_t & (g == 0)),
-            last_of_all.eq(last_row & last_k & last_n & last_h),
-            tile_ready.eq(full | feed.arrived),
+            last_tile.eq(last_k & last_n & last_h), last_of_all.eq(last_row & last_tile),
+            tile_ready.eq(full | ~first_row), switch.eq(issue & first_row),
             banks_free.eq((in_flight < 2) | ~(first_row & (k == 0) & ~plane)),
             issue.eq(running & tile_ready & banks_free),
             self.busy.eq(running | dropping | (in_flight != 0)),
         ]
         m.d.comb += started.eq(issue & first_row & (k == 0) & ~plane)
         m.d.sync += in_flight.eq(in_flight + started - drained)
-        m.d.sync += full.eq(tile_ready & ~(issue & last_row))
+        m.d.sync += full.eq(feed.arrived | (full & ~switch))
         m.d.comb += [
-            feed.enable.eq(running), feed.allow.eq(~full), feed.mode.eq(mode),
-            feed.scale_exponent.eq(f.scale_exponent),
+            feed.enable.eq(running & ~fed), feed.allow.eq(~full | (switch & ~last_tile)), feed.switch.eq(switch),
+            array.switch.eq(switch), feed.mode.eq(mode), feed.scale_exponent.eq(f.scale_exponent),
         ]
+        with m.If(switch & last_tile):
+            m.d.sync += fed.eq(1)
         with m.If(issue):
             m.d.sync += [first_t.eq(last_t), acc_row.eq(acc_row + 1)]
             with m.If(last_t):
@@ -337,7 +351,7 @@ class ComputeUnit(wiring.Component):
             m.d.sync += [dropping.eq(1), drop_left.eq(fields(self.cmd.payload.body, _DROPW).count)]
         with m.If(begin):
             m.d.sync += [
-                running.eq(1), body.eq(self.cmd.payload.body), mask.eq(self.cmd.payload.mask),
+                running.eq(1), fed.eq(0), body.eq(self.cmd.payload.body), mask.eq(self.cmd.payload.mask),
                 h.eq(0), n.eq(0), k.eq(0), plane.eq(0), g.eq(0), first_t.eq(1), acc_row.eq(0),
                 vector_h.eq(self.cmd.payload.x),
                 request_h.eq(0), request_n.eq(0), request_k.eq(0),

@@ -74,6 +74,11 @@ def superbeats(config, tile):
             for line in lines.reshape(-1, ports * elements)]
 
 
+def loads(config, tile):
+    """The superbeats of a tile as `ArrayBench.step` takes them."""
+    return [(tile.kind, index, word) for index, word in enumerate(superbeats(config, tile))]
+
+
 def scale_bits(tile, name, column, block):
     """The bits of a Scale."""
     significand, shift = getattr(tile, name)
@@ -91,13 +96,14 @@ class ArrayBench:
         self.used = None  # tile of the row in the cycle before
         self.last_rows, self.done = [], []  # cycles
 
-    async def step(self, *, load=None, row=None, tile=None, acc=0, first=0, last=0):
+    async def step(self, *, load=None, switch=0, row=None, tile=None, acc=0, first=0, last=0):
         """One cycle. load : (kind, index, word) of a superbeat; row, tile : a row to accumulate with a tile"""
         dut, config, rng = self.dut, self.config, self.rng
         for name, port in (("codes", dut.load_codes), ("keys", dut.load_keys), ("values", dut.load_values)):
             port.value = 1 << load[1] if load and load[0] == name else 0
         for port, mine in ((dut.codes, load and load[0] == "codes"), (dut.mantissas, load and load[0] != "codes")):
             port.value = load[2] if mine else int.from_bytes(rng.bytes(len(port) // 8), "little")
+        dut.switch.value = switch
         self._drive_scales()
         dut.row_en.value = int(row is not None)
         row_bits = int.from_bytes(rng.bytes(len(dut.row) // 8), "little")
@@ -119,6 +125,12 @@ class ArrayBench:
             self.last_rows.append(cycle())
         if dut.tile_done.value:
             self.done.append(cycle())
+
+    async def use(self, tile):
+        """Load a tile and take it for use."""
+        for beat in loads(self.config, tile):
+            await self.step(load=beat)
+        await self.step(switch=1)
 
     def _drive_scales(self):
         dut, config, tile = self.dut, self.config, self.used
@@ -146,30 +158,40 @@ class ArrayBench:
 
 @bench(seed=[1, 2])
 async def accumulates_exactly(dut, seed):
-    """Tiles of all kinds; each is replaced from the cycle of its last row on; rows follow each other or pause."""
+    """Tiles of all kinds, each loaded while rows of the one before follow each other or pause, and taken for use with
+    the last of them or later; the first superbeat of the next one may come in the same cycle."""
     rng = np.random.default_rng(seed)
     machine = ArrayBench(dut, rng)
     config, kinds = machine.config, ["codes", "keys", "values"]
     assert [len(superbeats(config, make_tile(rng, config, kind))) for kind in kinds] == list(tile_beats(config))
-    tile, beats = None, []
+    tile, upcoming = None, make_tile(rng, config, "codes")
+    beats = loads(config, upcoming)
     for _ in range(60):
-        upcoming = make_tile(rng, config, str(rng.choice(kinds)))
-        beats = [(upcoming.kind, i, word) for i, word in enumerate(superbeats(config, upcoming))]
+        eager = rng.choice([0, 0.5, 1])
+
+        async def step(eager=eager, **row):
+            await machine.step(load=beats.pop(0) if beats and rng.random() < eager else None, **row)
+
+        rows = []
         if tile:
-            rows = int(rng.integers(1, 6))
-            places = rng.integers(0, 2 * config.acc_rows, rows)
+            places = rng.integers(0, 2 * config.acc_rows, int(rng.integers(1, 12)))
             if rng.random() < 0.3:
                 places[:] = places[0]  # the same row again and again
-            for i, place in enumerate(places.tolist()):
-                while rng.random() < 0.2:
-                    await machine.step()
-                final = i == rows - 1
-                first = int(place not in machine.acc or rng.random() < 0.2)
-                await machine.step(load=beats.pop(0) if final else None, row=make_row(rng, config, tile), tile=tile,
-                                   acc=place, first=first, last=int(final and rng.random() < 0.5))
-        for beat in beats:
-            await machine.step(load=beat)
-        tile = upcoming
+            for place in places.tolist():
+                first = int(place not in machine.acc and place not in {row["acc"] for row in rows}
+                            or rng.random() < 0.2)
+                rows.append({"row": make_row(rng, config, tile), "tile": tile, "acc": place, "first": first})
+            rows[-1]["last"] = int(rng.random() < 0.5)
+        with_last = rows and rng.random() < 0.7
+        for row in rows[:-1] if with_last else rows:
+            while rng.random() < 0.2:
+                await step()
+            await step(**row)
+        while beats:
+            await step(1)
+        tile, upcoming = upcoming, make_tile(rng, config, str(rng.choice(kinds)))
+        beats = loads(config, upcoming)
+        await step(switch=1, **(rows[-1] if with_last else {}))
     await machine.check()
 
 
@@ -181,8 +203,7 @@ async def every_shift_floors(dut):
     config = TINY
     tile = make_tile(rng, config, "codes")
     tile.offset, tile.use_minimum = 1, 1
-    for index, word in enumerate(superbeats(config, tile)):
-        await machine.step(load=("codes", index, word))
+    await machine.use(tile)
     for shift in range(0, 64, config.columns):
         columns = shift + np.arange(config.columns).reshape(-1, 1)
         for number, gap in enumerate((0, 1, 40, 63, 64, 200)):
@@ -202,8 +223,7 @@ async def banks_are_apart(dut):
     machine = ArrayBench(dut, rng)
     config = TINY
     tile = make_tile(rng, config, "keys")
-    for index, word in enumerate(superbeats(config, tile)):
-        await machine.step(load=("keys", index, word))
+    await machine.use(tile)
     for first in (1, 0, 0):
         for acc in rng.permutation(2 * config.acc_rows).tolist():
             await machine.step(row=make_row(rng, config, tile), tile=tile, acc=acc, first=first, last=1)
