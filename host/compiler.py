@@ -187,16 +187,17 @@ class _Emitter:
                             imm=vector_imm(self.on_chip["x"], self._beat("mx")), **self._rows(self.plan.hidden),
                             table=self.on_chip[table], **fields)
 
-    def _add(self, gain: Resource, table: str, others: RowList, **scored: int) -> None:
-        """Residual add of a matmul's result, with the next norm's gain; with routers, the norm for ``others`` too."""
+    def _add(self, gain: Resource, table: str, others: RowList, every: RowList, **scored: int) -> None:
+        """Residual add of a matmul's result, with the next norm's gain; with routers, the norm for ``others`` too.
+
+        Without fusion the norm is apart, and runs for ``every`` row that needs it.
+        """
         fused = scored if self.fused else {}
         self.build.emit("vadd", reads=_R.X | gain, writes=_R.X | _R.MX,
                         imm=vector_imm(self.on_chip["x"], self._beat("mx")), **self._rows(self.plan.hidden),
                         table=self.on_chip[table], **fused)
-        if not self.fused:
-            self._norm(gain, table, **scored)
-        if self.biases:
-            self.build.rows = others
+        if self.biases or not self.fused:
+            self.build.rows = others if self.fused else every
             self._norm(gain, table, **scored)
 
     def _loadw(self, name: str, first: int = 0, count: int | None = None) -> None:
@@ -231,7 +232,7 @@ class _Emitter:
         emit("vscale", reads=_R.OUT, writes=_R.MO, imm=vector_imm(on_chip["out"], self._beat("mo")),
              **self._rows(plan.q_width), wrap=head, scale=RowScale.RECIPROCAL)
         self._matmul(name + "o", _R.MO, "mo", plan.q_width, plan.hidden)
-        self._add(_R.GAIN1, "gain1", RowList.MLP_ONLY)
+        self._add(_R.GAIN1, "gain1", RowList.MLP_ONLY, self.feeding)
 
     def _keys_values(self, layer: int) -> None:
         """Keys and values of the tokens that compute them, and the records to memory.
@@ -309,7 +310,7 @@ class _Emitter:
                         **self._rows(plan.mlp) | {"beats": 2 * mlp}, scale=RowScale.RSQRT)
         self.build.at(layer, "mlp", name + "down", self.feeding)
         self._matmul(name + "down", _R.MH, "mh", plan.mlp, plan.hidden)
-        self._add(_R.GAIN0, "gain0", RowList.NOT_MLP, **{} if last else self._scored(layer + 1))
+        self._add(_R.GAIN0, "gain0", RowList.NOT_MLP, RowList.ALL, **{} if last else self._scored(layer + 1))
 
     def _head(self) -> None:
         plan, emit = self.plan, self.build.emit

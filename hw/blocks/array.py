@@ -224,7 +224,7 @@ class PeArray(wiring.Component):
     -------
     codes, load_codes : superbeat of 4-bit codes; bit j of load_codes: it is the j-th of the next tile
     mantissas, load_keys, load_values : superbeat of the KV buffer, and which one of a K or V tile it is
-    switch : the next tile, loaded before, is in use for rows that enter in later cycles; another one may be loaded
+    swap : the next tile, loaded before, is in use for rows that enter in later cycles; another one may be loaded
     row_en, row, maximum, control : an MBUF row enters (stage 1), with its vector's largest exponent
     scale, minimum : scales of the tile in use, valid one cycle after row_en of its rows
     tile_done : every row of a column tile is in the accumulators (`latency` cycles after its last row)
@@ -238,7 +238,7 @@ class PeArray(wiring.Component):
         codes, keys, values = tile_beats(config)
         super().__init__({
             "codes": In(8 * config.superbeat_bytes), "mantissas": In(KV_BITS * config.ports * config.beat_elements),
-            "load_codes": In(codes), "load_keys": In(keys), "load_values": In(values), "switch": In(1),
+            "load_codes": In(codes), "load_keys": In(keys), "load_values": In(values), "swap": In(1),
             "row_en": In(1), "row": In(AlignedRow(config)), "maximum": In(signed(9)), "control": In(RowControl(config)),
             "scale": In(Scale()).array(config.columns, config.blocks),
             "minimum": In(Scale()).array(config.columns, config.blocks),
@@ -301,7 +301,7 @@ class PeArray(wiring.Component):
         return m
 
     def _load(self, m, pairs):
-        """Superbeats to where they wait for the `switch`, and from there to the tile registers; each lane with its `skew`.
+        """Superbeats to where they wait for the `swap`, and from there to the tile registers; each lane with its `skew`.
 
         A superbeat waits as it came. Simulated, that is a copy of a few long words, and the only one of each word.
         """
@@ -323,15 +323,15 @@ class PeArray(wiring.Component):
         load_numbers = Signal.like(self.load_keys)
         m.d.comb += load_numbers.eq(self.load_keys | (load_values if shared else self.load_values))
         # What is loaded, and when it is in use.
-        of_codes, of_values = Signal(), Signal()
+        of_codes, of_values = Signal(name="of_codes"), Signal(name="of_values")
         with m.If(self.load_codes.any() | load_numbers.any()):
             m.d.sync += [of_codes.eq(self.load_codes.any()), of_values.eq(self.load_values.any())]
-        now = [self.switch, self.switch & of_codes, self.switch & of_values]
+        now = [self.swap, self.swap & of_codes, self.swap & of_values]
         stages = [[codes, numbers, [self.load_codes], [load_numbers], now]]
         for age in range(1, _times(config).row + 1 + max(skew(config.dsp, k) for k in range(lanes))):
             stages.append([[_delay(m, line, 1, f"{name}{i}_{age}", reset_less=name in ("codes", "numbers"))
                             for i, line in enumerate(lines)] for lines, name in
-                           zip(stages[-1], ("codes", "numbers", "load_codes", "load_numbers", "switch"))])
+                           zip(stages[-1], ("codes", "numbers", "load_codes", "load_numbers", "swap"))])
         waiting = {}
 
         def waits(age, kind, beat, line, word, size):

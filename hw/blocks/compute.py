@@ -46,7 +46,7 @@ class TileFeed(wiring.Component):
     reset : the next superbeat starts a weight stream (a scale chunk)
     allow : the next tile may be written
     arrived : the last superbeat of a tile is written at this clock edge
-    switch : the tile that has arrived is taken for use
+    swap : the tile that has arrived is taken for use
     load_codes, load_keys, load_values : to the array
     use_first : the first row of the tile is in use; scale and minimum follow one cycle later
     """
@@ -58,7 +58,7 @@ class TileFeed(wiring.Component):
             "weights": In(stream.Signature(8 * config.superbeat_bytes)),
             "kv": In(stream.Signature(KvTile(config))),
             "enable": In(1), "reset": In(1), "mode": In(MatmulMode), "scale_exponent": In(signed(7)),
-            "allow": In(1), "arrived": Out(1), "switch": In(1), "use_first": In(1),
+            "allow": In(1), "arrived": Out(1), "swap": In(1), "use_first": In(1),
             "load_codes": Out(codes), "load_keys": Out(keys), "load_values": Out(values),
             "scale": Out(Scale()).array(config.columns, config.blocks),
             "minimum": Out(Scale()).array(config.columns, config.blocks),
@@ -106,7 +106,7 @@ class TileFeed(wiring.Component):
         for part, arrives in zip(chunk, early_at):
             with m.If(arrives):
                 m.d.sync += part.eq(early)
-        with m.If(self.switch):
+        with m.If(self.swap):
             m.d.sync += [tile_group.eq(next_group), tile_plane.eq(next_plane)]
         with m.If(self.reset):
             m.d.sync += [in_chunk.eq(1), beat.eq(0), plane.eq(0)]
@@ -241,7 +241,7 @@ class ComputeUnit(wiring.Component):
         taken = fields(self.cmd.payload.body, _MATMUL)
         acc_row, bank = Signal(range(config.acc_rows)), Signal()
         full, issue, tile_ready, banks_free = Signal(), Signal(), Signal(), Signal()  # full: the next tile is there
-        switch, last_tile, fed = Signal(), Signal(), Signal()  # fed: nothing of the MATMUL is left to load
+        swap, last_tile, fed = Signal(), Signal(), Signal()  # fed: nothing of the MATMUL is left to load
         last_t, last_g, last_k, last_n, last_h = Signal(), Signal(), Signal(), Signal(), Signal()
         first_t, last_row, first_row, last_of_all = Signal(), Signal(), Signal(), Signal()
         last_plane = (mode != MatmulMode.W8) | plane
@@ -252,19 +252,19 @@ class ComputeUnit(wiring.Component):
             last_n.eq(n == f.n_tiles - 1), last_h.eq(h == f.heads - 1),
             last_row.eq(last_t & last_g), first_row.eq(first_t & (g == 0)),
             last_tile.eq(last_k & last_n & last_h), last_of_all.eq(last_row & last_tile),
-            tile_ready.eq(full | ~first_row), switch.eq(issue & first_row),
+            tile_ready.eq(full | ~first_row), swap.eq(issue & first_row),
             banks_free.eq((in_flight < 2) | ~(first_row & (k == 0) & ~plane)),
             issue.eq(running & tile_ready & banks_free),
             self.busy.eq(running | dropping | (in_flight != 0)),
         ]
         m.d.comb += started.eq(issue & first_row & (k == 0) & ~plane)
         m.d.sync += in_flight.eq(in_flight + started - drained)
-        m.d.sync += full.eq(feed.arrived | (full & ~switch))
+        m.d.sync += full.eq(feed.arrived | (full & ~swap))
         m.d.comb += [
-            feed.enable.eq(running & ~fed), feed.allow.eq(~full | (switch & ~last_tile)), feed.switch.eq(switch),
-            array.switch.eq(switch), feed.mode.eq(mode), feed.scale_exponent.eq(f.scale_exponent),
+            feed.enable.eq(running & ~fed), feed.allow.eq(~full | (swap & ~last_tile)), feed.swap.eq(swap),
+            array.swap.eq(swap), feed.mode.eq(mode), feed.scale_exponent.eq(f.scale_exponent),
         ]
-        with m.If(switch & last_tile):
+        with m.If(swap & last_tile):
             m.d.sync += fed.eq(1)
         with m.If(issue):
             m.d.sync += [first_t.eq(last_t), acc_row.eq(acc_row + 1)]

@@ -96,14 +96,14 @@ class ArrayBench:
         self.used = None  # tile of the row in the cycle before
         self.last_rows, self.done = [], []  # cycles
 
-    async def step(self, *, load=None, switch=0, row=None, tile=None, acc=0, first=0, last=0):
+    async def step(self, *, load=None, swap=0, row=None, tile=None, acc=0, first=0, last=0):
         """One cycle. load : (kind, index, word) of a superbeat; row, tile : a row to accumulate with a tile"""
         dut, config, rng = self.dut, self.config, self.rng
         for name, port in (("codes", dut.load_codes), ("keys", dut.load_keys), ("values", dut.load_values)):
             port.value = 1 << load[1] if load and load[0] == name else 0
         for port, mine in ((dut.codes, load and load[0] == "codes"), (dut.mantissas, load and load[0] != "codes")):
             port.value = load[2] if mine else int.from_bytes(rng.bytes(len(port) // 8), "little")
-        dut.switch.value = switch
+        dut.swap.value = swap
         self._drive_scales()
         dut.row_en.value = int(row is not None)
         row_bits = int.from_bytes(rng.bytes(len(dut.row) // 8), "little")
@@ -130,7 +130,7 @@ class ArrayBench:
         """Load a tile and take it for use."""
         for beat in loads(self.config, tile):
             await self.step(load=beat)
-        await self.step(switch=1)
+        await self.step(swap=1)
 
     def _drive_scales(self):
         dut, config, tile = self.dut, self.config, self.used
@@ -191,7 +191,7 @@ async def accumulates_exactly(dut, seed):
             await step(1)
         tile, upcoming = upcoming, make_tile(rng, config, str(rng.choice(kinds)))
         beats = loads(config, upcoming)
-        await step(switch=1, **(rows[-1] if with_last else {}))
+        await step(swap=1, **(rows[-1] if with_last else {}))
     await machine.check()
 
 
