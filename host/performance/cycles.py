@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from skipopu.hw.config import OverlayConfig
-from skipopu.hw.isa import MatmulMode, Unit
+from skipopu.hw.isa import Destination, MatmulMode, Unit
 
 from ..layout import ceil_div
 from ..passes.check import TAKES_STREAM
@@ -453,7 +453,8 @@ class _Machine:
             beats = f["heads"] * f["groups"] * f["beats"] * command.rows
             last = self._arrive(command, self.vector_free) + beats
         self.found.vector_beats += beats
-        command.done = last + cycles.done.get(name, cycles.done_else)
+        kvout = name == "vrope" and f["dest"] == Destination.KVOUT
+        command.done = last + cycles.done["vrope to KVOUT" if kvout else name]
         self.vector_free = max(command.done + 1, last + cycles.scalars.get(name, 0))
         if name == "vlogits":
             self.logits = last

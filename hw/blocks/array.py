@@ -301,9 +301,9 @@ class PeArray(wiring.Component):
         return m
 
     def _load(self, m, pairs):
-        """Superbeats to where they wait for the `swap`, and from there to the tile registers; each lane with its `skew`.
+        """Superbeats to where they wait for `swap`, and from there to the tile registers; each lane with its `skew`.
 
-        A superbeat waits as it came. Simulated, that is a copy of a few long words, and the only one of each word.
+        A superbeat waits as it came: to a simulator that is a copy of a few long words.
         """
         config = self.config
         lanes, columns, ports, elements = config.lanes, config.columns, config.ports, config.beat_elements

@@ -4,9 +4,9 @@ Three parts work at the same time: `TileFeed` turns the weight stream or KV tile
 sequencer walks the rows (h, n, k, g, t) and issues one MBUF row a cycle, the drain delivers finished accumulator rows
 to the vector unit, `V` columns a cycle.
 
-Timing of a tile: its rows are issued (S0: MBUF address), used one cycle later (S1: dot product). The next tile is loaded
-meanwhile, into registers of its own, and is in use with its first row: rows follow each other in every cycle, and
-superbeats too where there are fewer rows than superbeats.
+Timing of a tile: its rows are issued (S0: MBUF address), used one cycle later (S1: dot product). The next tile is
+loaded meanwhile, into registers of its own, and is in use with its first row: rows follow each other in every cycle,
+and superbeats do where a tile has fewer rows than superbeats.
 """
 
 from amaranth import Array, Cat, Module, Mux, Signal, signed
@@ -98,7 +98,7 @@ class TileFeed(wiring.Component):
         ]
         chunk_depth = max(config.scale_chunk(x)[0] for x in (False, True))
         chunk = [Signal(8 * config.superbeat_bytes, name=f"chunk{i}", reset_less=True) for i in range(chunk_depth)]
-        # A chunk that follows the switch to a tile at once comes a cycle too early for the scales of that tile.
+        # A chunk that follows the swap to a tile at once comes a cycle too early for the scales of that tile.
         early, early_at = Signal(8 * config.superbeat_bytes, reset_less=True), Signal(chunk_depth)
         m.d.sync += early_at.eq((take & in_chunk) << beat)
         with m.If(take & in_chunk):

@@ -50,6 +50,10 @@ _LAYOUT = isa.OPCODES[_OP["vadd"]]
 _MINUS_LOG2E = 0xBFB8AA3B  # FP32 of -log2(e)
 _Y, _T, _SUM, _V, _GAIN, _PROB, _GATED = 4, 6, 8, 11, 13, 17, 22  # pipeline positions
 _TERM_LIMIT = 56
+_LAST = {  # the position where a beat has nothing more to do in the pipeline itself
+    "vlogits": _T, "vscale": _T, "vswiglu": _T, "vscore": _Y + 3, "vmerge": _V, "vrope": _V + ToHalf.latency,
+    "vadd": 16, "vnorm": 16, "vprob": 20,
+}
 
 
 class VectorUnit(wiring.Component):
@@ -137,10 +141,10 @@ class VectorUnit(wiring.Component):
 
         # ---- issue ------------------------------------------------------------------------------------------------
         issue = Signal()
-        valid = [Signal(name=f"valid{i}") for i in range(_GATED + 1)]  # valid[i]: a beat is at Ti
+        valid = [Signal(name=f"valid{i}") for i in range(max(_LAST.values()) + 1)]  # valid[i]: a beat is at Ti
         m.d.comb += valid[0].eq(issue)
-        for i in range(_GATED):
-            m.d.sync += valid[i + 1].eq(valid[i])
+        for i, (here, there) in enumerate(zip(valid, valid[1:])):
+            m.d.sync += there.eq(here & ~Cat(op[name] for name, last in _LAST.items() if last == i).any())
         issuing = Signal()
         # The first beat may be issued before ``begin`` is over, so this walker starts with the command; it only counts.
         m.submodules.walk_issue = walk_issue = LoopWalker(config=config)

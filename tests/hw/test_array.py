@@ -169,7 +169,7 @@ async def accumulates_exactly(dut, seed):
     for _ in range(60):
         eager = rng.choice([0, 0.5, 1])
 
-        async def step(eager=eager, **row):
+        async def step(eager=eager, beats=beats, **row):
             await machine.step(load=beats.pop(0) if beats and rng.random() < eager else None, **row)
 
         rows = []
@@ -191,7 +191,7 @@ async def accumulates_exactly(dut, seed):
             await step(1)
         tile, upcoming = upcoming, make_tile(rng, config, str(rng.choice(kinds)))
         beats = loads(config, upcoming)
-        await step(swap=1, **(rows[-1] if with_last else {}))
+        await step(beats=beats, swap=1, **(rows[-1] if with_last else {}))
     await machine.check()
 
 
