@@ -36,8 +36,8 @@ class Cycles:
     kv: int = 7  #: begin, or last superbeat of a KV tile, to its first superbeat at the array
     # vector unit: last beat issued to done, and to when the next instruction may begin
     done: dict[str, int] = field(default_factory=lambda: {
-        "vlogits": 9, "vmerge": 12, "vscore": 13, "vrope to KVOUT": 14, "vscale": 14, "vrope": 19, "vadd": 21, "vnorm": 21,
-        "vprob": 25, "vswiglu": 30})
+        "vlogits": 9, "vmerge": 12, "vscore": 12, "vrope to KVOUT": 14, "vscale": 14, "vrope": 19, "vadd": 21,
+        "vnorm": 21, "vprob": 25, "vswiglu": 30})
     scalars: dict[str, int] = field(default_factory=lambda: {"vnorm": 31, "vadd": 31, "vprob": 35})
     # store unit
     store: int = 4  #: command taken to the first beat handed over
