@@ -106,6 +106,12 @@ class OverlayConfig:
         return self.ports * self.port_bits // 8
 
     @property
+    def kv_step(self):
+        """Tokens of which the KV buffer delivers a port beat each in one cycle: two of every port, as far as a tile of
+        values has so many."""
+        return min(2 * self.ports, self.lanes)
+
+    @property
     def tile_beats(self):
         """Superbeats of one tile of 4-bit codes."""
         return self.lanes * self.columns // 2 // self.superbeat_bytes

@@ -50,11 +50,11 @@ def RowControl(config):
 
 
 def tile_beats(config):
-    """Superbeats that fill a tile: (of codes, of keys, of values)."""
-    tokens_per_beat, elements = config.ports, config.beat_elements
+    """Superbeats of codes, and steps of the KV buffer, that fill a tile: (of codes, of keys, of values)."""
+    step, elements = config.kv_step, config.beat_elements
     return (config.tile_beats,
-            (config.columns // tokens_per_beat) * (config.lanes // elements),
-            (config.lanes // tokens_per_beat) * (config.columns // elements))
+            (config.columns // step) * (config.lanes // elements),
+            (config.lanes // step) * (config.columns // elements))
 
 
 def _times(config):
@@ -213,8 +213,8 @@ class ColumnPair(wiring.Component):
 
 
 def _shared_source(config):
-    """Whether keys and values come in the same places, once each superbeat of values is transposed."""
-    return config.dsp != "generic" and config.ports == config.beat_elements
+    """Whether keys and values come in the same places, once blocks of E tokens of values are transposed."""
+    return config.dsp != "generic" and config.kv_step // config.beat_elements in (1, 2)
 
 
 class PeArray(wiring.Component):
@@ -223,7 +223,7 @@ class PeArray(wiring.Component):
     Members
     -------
     codes, load_codes : superbeat of 4-bit codes; bit j of load_codes: it is the j-th of the next tile
-    mantissas, load_keys, load_values : superbeat of the KV buffer, and which one of a K or V tile it is
+    mantissas, load_keys, load_values : step of the KV buffer, and which one of a K or V tile it is
     swap : the next tile, loaded before, is in use for rows that enter in later cycles; another one may be loaded
     row_en, row, maximum, control : an MBUF row enters (stage 1), with its vector's largest exponent
     scale, minimum : scales of the tile in use, valid one cycle after row_en of its rows
@@ -237,7 +237,7 @@ class PeArray(wiring.Component):
         self.config = config
         codes, keys, values = tile_beats(config)
         super().__init__({
-            "codes": In(8 * config.superbeat_bytes), "mantissas": In(KV_BITS * config.ports * config.beat_elements),
+            "codes": In(8 * config.superbeat_bytes), "mantissas": In(KV_BITS * config.kv_step * config.beat_elements),
             "load_codes": In(codes), "load_keys": In(keys), "load_values": In(values), "swap": In(1),
             "row_en": In(1), "row": In(AlignedRow(config)), "maximum": In(signed(9)), "control": In(RowControl(config)),
             "scale": In(Scale()).array(config.columns, config.blocks),
@@ -303,25 +303,37 @@ class PeArray(wiring.Component):
     def _load(self, m, pairs):
         """Superbeats to where they wait for `swap`, and from there to the tile registers; each lane with its `skew`.
 
-        A superbeat waits as it came: to a simulator that is a copy of a few long words.
+        A superbeat waits as it came: to a simulator that is a copy of a few long words. With a shared source it waits
+        in blocks of E columns and E lanes, each filled by one step of keys and by one of values. If a step has two
+        blocks of tokens, those of keys are neighbours in the columns and those of values in the lanes; neighbours both
+        ways take different lines of words, so that either kind of step uses all lines.
         """
         config = self.config
-        lanes, columns, ports, elements = config.lanes, config.columns, config.ports, config.beat_elements
+        lanes, columns, step, elements = config.lanes, config.columns, config.kv_step, config.beat_elements
         shared = _shared_source(config)
-        # In lines that other tools can read: the codes of a column, the numbers of a port.
+        # In lines that other tools can read: the codes of a column, the numbers of a token.
         codes = [self.codes.word_select(i, lanes * CODE_BITS) for i in range(columns // config.tile_beats)]
-        numbers = [self.mantissas.word_select(i, elements * KV_BITS) for i in range(ports)]
+        numbers = [self.mantissas.word_select(i, elements * KV_BITS) for i in range(step)]
+        load_numbers = Signal((lanes // elements) * (columns // elements) if shared else len(self.load_keys))
         if shared:
-            transposed = [Cat(line.word_select(i, KV_BITS) for line in numbers) for i in range(elements)]
-            numbers = [Signal(len(line), name=f"numbers_{i}") for i, line in enumerate(numbers)]
-            m.d.comb += [line.eq(Mux(self.load_values.any(), value, key)) for line, value, key in
-                         zip(numbers, transposed, (self.mantissas.word_select(i, elements * KV_BITS)
-                                                   for i in range(ports)))]
-            # Where superbeats of values go among those of keys.
-            inner, outer = lanes // elements, columns // elements
-            load_values = Cat(self.load_values[beat % inner * outer + beat // inner] for beat in range(inner * outer))
-        load_numbers = Signal.like(self.load_keys)
-        m.d.comb += load_numbers.eq(self.load_keys | (load_values if shared else self.load_values))
+            inner, outer, blocks = lanes // elements, columns // elements, step // elements
+            keys, values, crosses = numbers, [], Signal()
+            for at in range(0, step, elements):
+                block = numbers[at:at + elements]
+                values += [Cat(line.word_select(i, KV_BITS) for line in block) for i in range(elements)]
+            if blocks == 2:
+                m.d.comb += crosses.eq(Cat(self.load_keys[1::2] if inner > 1 else (),
+                                         self.load_values[1::2] if outer > 1 else ()).any())
+            numbers = [Signal(len(line), name=f"numbers_{i}") for i, line in enumerate(keys)]
+            for i, line in enumerate(numbers):
+                other = (i + elements) % step
+                m.d.comb += line.eq(Mux(self.load_values.any(), Mux(crosses, values[other], values[i]),
+                                        Mux(crosses, keys[other], keys[i])))
+            m.d.comb += load_numbers.eq(Cat(
+                self.load_keys[q // blocks * inner + b] | self.load_values[b // blocks * outer + q]
+                for q in range(outer) for b in range(inner)))
+        else:
+            m.d.comb += load_numbers.eq(self.load_keys | self.load_values)
         # What is loaded, and when it is in use.
         of_codes, of_values = Signal(name="of_codes"), Signal(name="of_values")
         with m.If(self.load_codes.any() | load_numbers.any()):
@@ -350,13 +362,17 @@ class PeArray(wiring.Component):
             for k in range(lanes):
                 age = _times(config).row + skew(config.dsp, k)
                 in_use, code_in_use, value_in_use = stages[age][4]
+                inner, outer, at = lanes // elements, columns // elements, k % elements
+                if shared:
+                    line = (n // elements + k // elements) % (step // elements) * elements + n % elements
+                    key = waits(age, 1, n // elements * inner + k // elements, line, at, KV_BITS)
+                else:
+                    key = waits(age, 1, n // step * inner + k // elements, n % step, at, KV_BITS)
                 m.d.comb += [
                     pair.load[c][k].eq(in_use), pair.load_code[c][k].eq(code_in_use),
                     pair.code[c][k].eq(waits(age, 0, n // per_beat, n % per_beat, k, CODE_BITS)),
-                    pair.key[c][k].eq(waits(age, 1, (n // ports) * (lanes // elements) + k // elements, n % ports,
-                                            k % elements, KV_BITS).as_signed()),
+                    pair.key[c][k].eq(key.as_signed()),
                 ]
                 if not shared:
-                    value = waits(age, 1, (k // ports) * (columns // elements) + n // elements, k % ports,
-                                  n % elements, KV_BITS)
+                    value = waits(age, 1, k // step * outer + n // elements, k % step, n % elements, KV_BITS)
                     m.d.comb += [pair.load_value[c][k].eq(value_in_use), pair.value[c][k].eq(value.as_signed())]

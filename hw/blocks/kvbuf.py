@@ -4,8 +4,9 @@ Memory holds FP16; the array multiplies integers of KV_BITS. While a tile is wri
 of each token is found; while it is read every element is shifted to that exponent (docs/numerics.md, Keys and values).
 
 Each port writes its own records, when they arrive, into memories of its own: one for even, one for odd rows of records.
-A tile is read in superbeats: beat b of the records of tokens r*P .. r*P + P-1, at address {slot, r, b}. All sizes are
-powers of two, so a tile's addresses are joined fields and one addition.
+A tile is read from both in a cycle: beat b of the records of tokens r*P .. r*P + 2P-1, r even, at address {slot, r, b}.
+So the array can take tiles at twice the pace of the memory ports, which is what they supply with the history buffer.
+All sizes are powers of two, so a tile's addresses are joined fields and one addition.
 """
 
 import numpy as np
@@ -30,8 +31,8 @@ def KvRequest(config):
 
 
 def KvTile(config):
-    """One superbeat of mantissas, index p*E + e: element e of the beat of port p; ``last`` ends the array tile."""
-    elements = config.ports * config.beat_elements
+    """Mantissas of `kv_step` tokens, index i*E + e: element e of the beat of token i; ``last`` ends the array tile."""
+    elements = config.kv_step * config.beat_elements
     return data.StructLayout({"data": data.ArrayLayout(signed(KV_BITS), elements), "last": 1})
 
 
@@ -77,9 +78,9 @@ class KvBuffer(wiring.Component):
 
     What no record was written for is undefined; a port without a record in the last row writes nothing there.
 
-    Keys: tokens n*N .. n*N + N-1 (outer, P at a time), dimensions k*K .. k*K + K-1 (inner, E at a time).
+    Keys: tokens n*N .. n*N + N-1 (outer, `kv_step` at a time), dimensions k*K .. k*K + K-1 (inner, E at a time).
     Values: tokens k*K .. (outer), dimensions n*N .. (inner); dimensions beyond the head are 0.
-    One superbeat per cycle, also across requests; ``latency`` cycles after a request was taken by an idle buffer.
+    One step per cycle, also across requests; ``latency`` cycles after a request was taken by an idle buffer.
 
     Members
     -------
@@ -129,7 +130,7 @@ class KvBuffer(wiring.Component):
         config = self.config
         rows = config.tile_tokens // config.ports
         beats = 2 * config.kvbuf_heads * config.lanes // config.beat_elements  # of a record, at most
-        beat_bits, row_bits = beats.bit_length() - 1, rows.bit_length() - 1
+        beat_bits = beats.bit_length() - 1
 
         # ---- slots: given in turn, full when every port has written its records -------------------------------
         taken, write_slot, release_slot, full_slot = Signal(2), Signal(), Signal(), Signal()
@@ -201,7 +202,8 @@ class KvBuffer(wiring.Component):
         request, waiting, prepared = Signal(KvRequest(config)), Signal(), Signal()
         tile, active = Signal(KvRequest(config)), Signal()
         head_start, start = Signal(beat_bits), Signal(beat_bits)
-        total = config.lanes * config.columns // (config.ports * config.beat_elements)
+        total = config.lanes * config.columns // (config.kv_step * config.beat_elements)
+        pairs = config.kv_step > config.ports  # two rows of records a step, or one
         count = Signal(total.bit_length() - 1)
         take, issue, ends, advance = Signal(), Signal(), Signal(), Signal()
         m.d.comb += [
@@ -229,29 +231,36 @@ class KvBuffer(wiring.Component):
         keys_offset, values_offset = Cat(count[:keys_inner], tile.k), Cat(count[:values_inner], tile.n)
         keys_row, values_row = Cat(count[keys_inner:], tile.n), Cat(count[values_inner:], tile.k)
         offset = Signal(max(len(keys_offset), len(values_offset)))
+        # row: of the first of the records
         side = data.StructLayout({"zero": 1, "row": range(rows), "value": 1, "last": 1})
         a_side, b_side, c_last = Signal(side), Signal(side), Signal()
         b_valid, c_valid = Signal(), Signal()
         m.d.comb += [
             offset.eq(Mux(tile.value, values_offset, keys_offset)),
             a_side.zero.eq(offset >= head_beats[tile.slot]),  # a head may be shorter than the array is wide
-            a_side.row.eq(Mux(tile.value, values_row, keys_row)[:row_bits]),
+            a_side.row.eq(Mux(tile.value, values_row, keys_row) << int(pairs)),
             a_side.value.eq(tile.value), a_side.last.eq(ends),
         ]
-        token_exponents, beat_data = [], []
+        lines = [([], []), ([], [])]  # of even and of odd rows: beats and their exponents, of each port
         for p in range(config.ports):
-            for parity, port in enumerate(banks[p]):
-                m.d.comb += [port.en.eq(issue & ~a_side.zero & (a_side.row[0] == parity)),
-                             port.addr.eq(Cat((start + offset)[:beat_bits], a_side.row[1:], tile.slot))]
-            found = []
-            for number, memories in enumerate(exponents.values()):
-                for parity, (_, port) in enumerate(memories[p]):
-                    m.d.comb += [port.en.eq(issue & (tile.value == number) & (a_side.row[0] == parity)),
+            for parity in range(2):
+                wanted = issue if pairs else issue & (a_side.row[0] == parity)
+                bank = banks[p][parity]
+                m.d.comb += [bank.en.eq(wanted & ~a_side.zero),
+                             bank.addr.eq(Cat((start + offset)[:beat_bits], a_side.row[1:], tile.slot))]
+                found = []
+                for number, memories in enumerate(exponents.values()):
+                    _, port = memories[p][parity]
+                    m.d.comb += [port.en.eq(wanted & (tile.value == number)),
                                  port.addr.eq(Cat(tile.head[:head_bits], tile.slot))]
-                found.append([port.data[b_side.row[1:]] for _, port in memories[p]])
-            token_exponents.append(Mux(b_side.row[0], Mux(b_side.value, found[1][1], found[0][1]),
-                                       Mux(b_side.value, found[1][0], found[0][0])))
-            beat_data.append(Mux(b_side.row[0], banks[p][1].data, banks[p][0].data))
+                    found.append(port.data[b_side.row[1:]])
+                lines[parity][0].append(bank.data)
+                lines[parity][1].append(Mux(b_side.value, found[1], found[0]))
+        if pairs:
+            beat_data, token_exponents = (even + odd for even, odd in zip(*lines))
+        else:
+            beat_data, token_exponents = ([Mux(b_side.row[0], second, first) for first, second in zip(even, odd)]
+                                          for even, odd in zip(*lines))
         with m.If(advance):
             m.d.sync += [b_valid.eq(issue), c_valid.eq(b_valid), self.tile.valid.eq(c_valid)]
             with m.If(issue):
@@ -261,10 +270,10 @@ class KvBuffer(wiring.Component):
             with m.If(c_valid):
                 m.d.sync += self.tile.payload.last.eq(c_last)
         mantissas = []
-        for p in range(config.ports):
-            m.submodules[f"shift{p}"] = shift = KvShift(elements=config.beat_elements)
+        for i, (beat, exponent) in enumerate(zip(beat_data, token_exponents)):
+            m.submodules[f"shift{i}"] = shift = KvShift(elements=config.beat_elements)
             m.d.comb += [
-                shift.beat.eq(beat_data[p]), shift.zero.eq(b_side.zero), shift.shared.eq(token_exponents[p]),
+                shift.beat.eq(beat), shift.zero.eq(b_side.zero), shift.shared.eq(exponent),
                 shift.en.eq(Cat(advance & b_valid, advance & c_valid)),
             ]
             mantissas += shift.o

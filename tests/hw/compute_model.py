@@ -169,6 +169,6 @@ class Matmul:
         """The superbeats of one KV tile: lists of P*E mantissas."""
         config, tile = self.config, self.codes[head, n, k, 0]
         tokens = tile.T if self.mode == MatmulMode.PV else tile  # [tokens, dims]
-        ports, elements = config.ports, config.beat_elements
-        beats = tokens.reshape(len(tokens) // ports, ports, -1, elements).transpose(0, 2, 1, 3)
-        return beats.reshape(-1, ports * elements).tolist()
+        step, elements = config.kv_step, config.beat_elements
+        beats = tokens.reshape(len(tokens) // step, step, -1, elements).transpose(0, 2, 1, 3)
+        return beats.reshape(-1, step * elements).tolist()

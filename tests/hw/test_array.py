@@ -68,10 +68,10 @@ def superbeats(config, tile):
         nibbles = (tile.codes & 15).reshape(config.tile_beats, -1)
         return [sum(int(code) << 4 * i for i, code in enumerate(line)) for line in nibbles]
     tokens = tile.codes if tile.kind == "keys" else tile.codes.T
-    ports, elements = config.ports, config.beat_elements
-    lines = tokens.reshape(len(tokens) // ports, ports, -1, elements).transpose(0, 2, 1, 3)
+    step, elements = config.kv_step, config.beat_elements
+    lines = tokens.reshape(len(tokens) // step, step, -1, elements).transpose(0, 2, 1, 3)
     return [sum((int(value) & 0x1FFF) << 13 * i for i, value in enumerate(line))
-            for line in lines.reshape(-1, ports * elements)]
+            for line in lines.reshape(-1, step * elements)]
 
 
 def loads(config, tile):
@@ -283,8 +283,10 @@ def test_columns_of_two_blocks(dsp):
     run_bench(ColumnPair(config=config), columns_sum_their_blocks, parameters=dataclasses.asdict(config))
 
 
-def test_transposed_values():
-    """Ports as wide as there are of them: keys and values go to the same places."""
-    square = dataclasses.replace(TINY, name="square", ports=4, dsp="dsp48e2")
-    assert square.ports == square.beat_elements
-    run_bench(PeArray(config=square), accumulates_exactly, parameters=dataclasses.asdict(square))
+@pytest.mark.parametrize(("blocks", "sizes"), [
+    (2, {"ports": 4}), (4, {"ports": 4, "port_bits": 32, "vector_lanes": 2})])
+def test_places_of_values(blocks, sizes):
+    """Keys and values go to the same places if a step is one (`test_array`) or two blocks of tokens and elements."""
+    config = dataclasses.replace(TINY, name="blocks", dsp="dsp48e2", **sizes)
+    assert config.kv_step == blocks * config.beat_elements
+    run_bench(PeArray(config=config), accumulates_exactly, parameters=dataclasses.asdict(config))

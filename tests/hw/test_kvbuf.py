@@ -15,7 +15,8 @@ from skipopu.sim.bench import Stall, StreamSink, StreamSource, bench, bench_para
 TINY = preset("tiny")
 WIDE = dataclasses.replace(TINY, name="wide", ports=4, columns=32)  # a superbeat spans more tokens than dimensions
 FLAT = dataclasses.replace(TINY, name="flat", ports=4, lanes=16, columns=32, port_bits=128)  # a tree of two stages
-CONFIGS = {config.name: config for config in (TINY, WIDE, FLAT)}
+SINGLE = dataclasses.replace(TINY, name="single", ports=8)  # one row of records a step
+CONFIGS = {config.name: config for config in (TINY, WIDE, FLAT, SINGLE)}
 
 CORNERS = [0, 0x8000, 0x0001, 0x8001, 0x03FF, 0x0400, 0x0401, 0x1400, 0x3C00, 0x7BFF, 0xFBFF, 0x7C00, 0x7FFF, 0xFFFF]
 
@@ -114,8 +115,8 @@ def expected_tile(config, mantissas, value, head, n, k):
     else:
         block = padded[n * columns:(n + 1) * columns, k * lanes:(k + 1) * lanes]
     rows, width = block.shape
-    block = block.reshape(rows // config.ports, config.ports, width // config.beat_elements, config.beat_elements)
-    block = block.transpose(0, 2, 1, 3).reshape(-1, config.ports * config.beat_elements)
+    block = block.reshape(rows // config.kv_step, config.kv_step, width // config.beat_elements, config.beat_elements)
+    block = block.transpose(0, 2, 1, 3).reshape(-1, config.kv_step * config.beat_elements)
     return [{"data": line.tolist(), "last": int(i == len(block) - 1)} for i, line in enumerate(block)]
 
 
@@ -212,8 +213,8 @@ async def a_short_tile_is_full_with_its_last_record(dut, stall):
             want = expected_tile(config, mantissas, 0, 0, request["n"], 0)
             got = await sink.take(len(want))
             for beat, (line, expected) in enumerate(zip(got, want)):
-                row = request["n"] * config.columns + beat // (config.lanes // config.beat_elements) * config.ports
-                there = max(min(tokens - row, config.ports), 0) * config.beat_elements
+                row = request["n"] * config.columns + beat // (config.lanes // config.beat_elements) * config.kv_step
+                there = max(min(tokens - row, config.kv_step), 0) * config.beat_elements
                 assert line["data"][:there] == expected["data"][:there]
         await pulse(dut, dut.release)
 
@@ -334,7 +335,7 @@ async def holds_two_tiles_and_fills_one_while_the_other_is_read(dut):
 
 
 @bench()
-async def delivers_a_superbeat_in_every_cycle(dut):
+async def delivers_a_step_in_every_cycle(dut):
     config = config_of_bench()
     rng = np.random.default_rng(4)
     records = make_records(config, rng, 2, 2 * config.lanes)
@@ -349,7 +350,7 @@ async def delivers_a_superbeat_in_every_cycle(dut):
     asked = all_requests(config, 0, 2, 2 * config.lanes)
     started = cycle()
     StreamSource(dut, "request", shape=KvRequest(config)).send(asked)
-    total = len(asked) * config.lanes * config.columns // (config.ports * config.beat_elements)
+    total = len(asked) * config.lanes * config.columns // (config.kv_step * config.beat_elements)
     await sink.take(total)
     first = started + 1 + KvBuffer.latency
     assert sink.cycles == list(range(first, first + total))
@@ -375,7 +376,7 @@ def test_tiles(name):
     run_bench(KvBuffer(config=config), tiles_match_the_model, a_short_tile_is_full_with_its_last_record,
               records_come_from_memory_and_from_the_history_buffer, takes_two_beats_a_cycle,
               ports_write_at_their_own_pace, holds_two_tiles_and_fills_one_while_the_other_is_read,
-              delivers_a_superbeat_in_every_cycle, parameters=dataclasses.asdict(config))
+              delivers_a_step_in_every_cycle, parameters=dataclasses.asdict(config))
 
 
 @pytest.mark.parametrize("name", PRESETS)
