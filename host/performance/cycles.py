@@ -384,7 +384,7 @@ class _Machine:
             chunk, per_chunk = config.scale_chunk(mode == MatmulMode.W4M)
             tile = config.tile_beats
         else:
-            tile = config.lanes * config.columns // (config.ports * config.beat_elements)
+            tile = config.lanes * config.columns // (config.kv_step * config.beat_elements)
             ready = self._kv_ready(mode, begin)
         number, end, ahead = 0, begin, int(cycles.shadow)  # number: of a tile in the stream; end: its last row
         found.array_rows += f["heads"] * f["n_tiles"] * inner * rows
