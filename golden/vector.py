@@ -13,7 +13,7 @@ import numpy as np
 from skipopu.hw.isa import Destination, RowScale
 from skipopu.hw.registers import FaultCause
 
-from .arithmetic import LOWEST, add, align, from_int, mul, scale2, to_half
+from .arithmetic import LARGEST, LOWEST, add, align, from_int, mul, scale2, to_half
 from .functions import exp2, recip, rsqrt, sigm
 from .operands import ProgramError
 from .state import ALPHA_DROP, MAXIMUM_INIT, BeatStream, MachineState, Nest, Write, nest
@@ -93,6 +93,7 @@ class VectorUnit:
         if values is None:
             self.fail(FaultCause.WATCHDOG, f"needs {int(np.prod(span.shape))} beats of matmul results, "
                                            f"{len(self.results)} are there")
+        self.state.saturations += int(np.count_nonzero(np.abs(values) == np.float32(LARGEST)))
         return values
 
     def _scaled(self, v: np.ndarray, values: dict[str, int], span: Nest, first: int = 0) -> np.ndarray:

@@ -35,7 +35,7 @@ from ..isa import Destination, RowScale
 from .align import BlockAlign
 from .command import Command, fields
 from .compute import AccBeat
-from .fp import FpAdd, FpMul, FromInt, scale2, wire
+from .fp import LARGEST, FpAdd, FpMul, FromInt, scale2, wire
 from .functions import Exp2, Recip, Rsqrt, Sigmoid
 from .half import ToFixed, ToHalf
 from .mbuf import AlignedRow
@@ -70,7 +70,8 @@ class VectorUnit(wiring.Component):
     kvout_row, kvout_data : read port of KVOUT for the store unit, data one cycle later
     logits : V-wide FP32 rows to the store unit
     argmax, argmax_value : of the last VLOGITS
-    waiting : the running instruction waits for the stream; saturated : FP16 results clamped in this cycle
+    waiting : the running instruction waits for the stream; saturated : results of the array at the largest FP32
+        number, and FP16 results clamped, in this cycle
     debug_row, debug_data : ABUF row for inspection while idle, one cycle later
     """
 
@@ -89,7 +90,7 @@ class VectorUnit(wiring.Component):
             "kvout_row": In(range(config.kvout_rows)), "kvout_data": Out(config.port_bits),
             "logits": Out(stream.Signature(32 * v)),
             "argmax": Out(32), "argmax_value": Out(32),
-            "waiting": Out(1), "saturated": Out(range(v + 1)),
+            "waiting": Out(1), "saturated": Out(range(2 * v + 1)),
             "debug_row": In(range(config.abuf_rows)), "debug_data": Out(32 * v),
         })
 
@@ -226,6 +227,11 @@ class VectorUnit(wiring.Component):
         stream_en = [valid[1 + i] & from_stream for i in range(FromInt.latency)]
         recon = lanes_of(FromInt, "recon", stream_en, a=acc, n=exponent)
         y = [wire(m, Mux(from_stream, unit.o, source), f"y{i}") for i, (unit, source) in enumerate(zip(recon, x))]
+        # Results at the largest number are counted as saturated: no other sum comes to exactly there.
+        clamped = Signal(lanes)
+        m.d.sync += clamped.eq(0)
+        with m.If(valid[_Y] & from_stream):
+            m.d.sync += clamped.eq(Cat(unit.o[:31] == LARGEST for unit in recon))
 
         # ---- row scalars -------------------------------------------------------------------------------------------
         m.submodules.rms = rms = Memory(shape=32, depth=config.tokens, init=[])
@@ -564,7 +570,7 @@ class VectorUnit(wiring.Component):
         m.d.comb += [
             kv_address.eq(dst + walk_kv.offset), kv_write.addr.eq(kv_address >> kv_shift),
             kv_read.en.eq(1), kv_read.addr.eq(self.kvout_row), self.kvout_data.eq(kv_read.data.as_value()),
-            self.saturated.eq(Mux(kv_valid, sum(unit.saturated for unit in halves), 0)),
+            self.saturated.eq(Mux(kv_valid, sum(unit.saturated for unit in halves), 0) + sum(clamped)),
         ]
         for part in range(per_beat):
             m.d.comb += [

@@ -95,6 +95,16 @@ def test_vrope_without_rotation_saturates_and_counts():
     assert machine.counters["saturations"] == (np.abs(y) >= 65520).sum() > 0
 
 
+def test_results_beyond_fp32_saturate_and_count():
+    bench, words, y = results(8)
+    put(bench, 80, np.zeros(y.size))
+    bench.fill_mbuf(0, np.full((2, 2 * K), 2.0**127, np.float32), vector=2)
+    machine = bench.run(*words, encode("vadd", imm=imm(80, 40), table=60, **ROW), HALT)
+    got = machine.abuf[80 : 80 + y.size // V]
+    largest = np.finfo(np.float32).max
+    assert machine.counters["saturations"] == (np.abs(got) == largest).sum() > 0
+
+
 def test_vswiglu_gates_alternate_beats():
     bench, words, y = results(10, gain=8)
     bench.run(*words, encode("vswiglu", imm=imm(0, 80), **ROW | {"row_stride": N // V, "vector": N // V}), HALT)

@@ -241,7 +241,13 @@ async def sums_saturate_and_halves_clamp(dut):
         name, fields, _ = instruction(rng, "vrope", shape=(1, 1, 1), beats=len(acc), wrap=0, scale=0,
                                       dest=int(Destination.KVOUT))
         await machine.run((name, fields, (acc, np.full_like(acc, n))))
-    assert machine.count["saturated"] > 0
+    # Results of the array: the largest FP32 number and beyond saturate, the number before it does not.
+    acc = np.array([[(1 << 24) - 1, (1 << 24) - 2, 1 << 24, -(1 << 24) - 1], [1 - (1 << 24), -1, 1 << 47, 0]])
+    for n, count in ((104, 5), (103, 1), (90, 1)):
+        before = machine.count["saturated"]
+        await machine.run(instruction(rng, "vscore", shape=(1, 1, 1), beats=len(acc), imm=0, x=0)[:2]
+                          + ((acc, np.full_like(acc, n)),))
+        assert machine.count["saturated"] - before == count
 
 
 def biases(attention, mlp):
