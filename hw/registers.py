@@ -121,7 +121,7 @@ COUNTERS = (
     ("MEMORY_BLOCKED", "cycles in which memory had a superbeat that nobody took"),
     ("DRAIN_BLOCKED", "cycles in which the array waited for the vector unit to take results"),
     ("STREAM_WAIT", "cycles in which the vector unit waited for results of the array"),
-    ("SATURATIONS", "keys and values clamped to the largest FP16 number, results of the array at the largest FP32 number"),
+    ("SATURATIONS", "keys and values clamped to FP16, results of the array at the largest FP32 number"),
     ("DROPPED", "instructions dropped because their row list was empty"),
     ("WEIGHTS_READ", "superbeats of weights delivered to the array"),
     ("KV_READ", "port beats of KV records delivered from memory"),
