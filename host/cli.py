@@ -57,6 +57,8 @@ RoutersOption = Annotated[str | None, typer.Option("--routers", help="Router fil
                                                                      "smollm2:reuse, smollm2:dense or story:reuse: "
                                                                      "tokens skip what it decides. @0.1 behind it: "
                                                                      "about a tenth of the weights.")]
+LoraOption = Annotated[str | None, typer.Option("--lora", metavar="FILE", help="SkipGPT's LoRA deltas (.pth), added to "
+                                                "the model's weights.")]
 KvOption = Annotated[str | None, typer.Option("--kv", help="Keys and values of tokens that skip attention: reuse those "
                                                            "of an earlier layer, or dense. Default: the routers'.")]
 ForceOption = Annotated[float | None, typer.Option("--force-skip", metavar="RATE", help="Skip this share of the "
@@ -81,8 +83,8 @@ def generate(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Tok
              top_k: Annotated[int | None, typer.Option("--top-k", help="Sample from the k likeliest.")] = None,
              top_p: Annotated[float | None, typer.Option("--top-p", help="Sample from the likeliest that reach this "
                                                                          "probability.")] = None,
-             routers: RoutersOption = None, kv: KvOption = None, force_skip: ForceOption = None,
-             seed: SeedOption = 0, buffer: BufferOption = None, kv_share: ShareOption = None,
+             routers: RoutersOption = None, lora: LoraOption = None, kv: KvOption = None,
+             force_skip: ForceOption = None, seed: SeedOption = 0, buffer: BufferOption = None, kv_share: ShareOption = None,
              memory: MemoryOption = None, as_json: JsonOption = False) -> None:
     """Continue a prompt; text on stdout as it comes, timings on stderr."""
     from .report import LABELS, Timing, memory_report, skip_report, summary_lines
@@ -90,7 +92,7 @@ def generate(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Tok
     from .session import prompt_tokens as encode
     check_device(device)
     its_prompt = _prompt(prompt, prompt_tokens)
-    source = _open(model)
+    source = _open(model, lora)
     tokens = encode(source, *its_prompt, chat)
     sampling = _sampling(temp, top_k, top_p, seed)
     routed = route_source(source, Routing(routers=routers, kv=kv, force_skip=force_skip, seed=seed))
@@ -134,8 +136,8 @@ def compare(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Toke
             devices: Annotated[str, typer.Option("--devices", help="Which is right, and which is tested.")]
             = "functional,rtl",
             config: ConfigOption = None, context: ContextOption = None, routers: RoutersOption = None,
-            kv: KvOption = None, force_skip: ForceOption = None, seed: SeedOption = 0, buffer: BufferOption = None,
-            kv_share: ShareOption = None, as_json: JsonOption = False) -> None:
+            lora: LoraOption = None, kv: KvOption = None, force_skip: ForceOption = None, seed: SeedOption = 0,
+            buffer: BufferOption = None, kv_share: ShareOption = None, as_json: JsonOption = False) -> None:
     """Run two devices side by side; name the first instruction whose result differs, and exit with 1."""
     from .compare import compare as run
     from .report import MEMORY, memory_report, skip_report
@@ -143,7 +145,7 @@ def compare(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Toke
     from .session import prompt_tokens as encode
     names = parse_devices(devices)
     its_prompt = _prompt(prompt, prompt_tokens)
-    source = _open(model)
+    source = _open(model, lora)
     tokens = encode(source, *its_prompt, chat)
     model_of, its_routers, force = route_source(source, Routing(routers=routers, kv=kv, force_skip=force_skip,
                                                                seed=seed))
@@ -178,8 +180,8 @@ def evaluate(model: ModelOption,
              tokens: Annotated[str, typer.Option("--tokens", help=".npz file with `tokens`, integers [n, length].")],
              limit: Annotated[int | None, typer.Option("--limit", help="Sequences to use.")] = None,
              device: DeviceOption = "functional", config: ConfigOption = None,
-             context: ContextOption = None, routers: RoutersOption = None, kv: KvOption = None,
-             force_skip: ForceOption = None, seed: SeedOption = 0, as_json: JsonOption = False) -> None:
+             context: ContextOption = None, routers: RoutersOption = None, lora: LoraOption = None,
+             kv: KvOption = None, force_skip: ForceOption = None, seed: SeedOption = 0, as_json: JsonOption = False) -> None:
     """Measure how near a device comes to the float reference: perplexity, KL, top-1 agreement.
 
     With routers a device is compared with the reference that has the same routers; the reference itself, with the one
@@ -192,7 +194,7 @@ def evaluate(model: ModelOption,
     from .session import REFERENCE, ReferenceGenerator, Routing, check_device, route_source
     check_device(device)
     sequences = load_sequences(tokens, limit)
-    source = _open(model)
+    source = _open(model, lora)
     if not isinstance(source, Model):
         raise RequestError("eval needs the model itself for the reference; a bundle holds only its compiled form")
     length = sequences.shape[1]
@@ -233,8 +235,8 @@ def evaluate(model: ModelOption,
 def routes(model: ModelOption, prompt: PromptOption = None, prompt_tokens: TokensOption = None,
            count: Annotated[int, typer.Option("-n", "--tokens", help="Tokens to generate behind the prompt.")] = 16,
            chat: ChatOption = False, device: DeviceOption = "functional", config: ConfigOption = None,
-           context: ContextOption = None, routers: RoutersOption = None, kv: KvOption = None,
-           force_skip: ForceOption = None, seed: SeedOption = 0,
+           context: ContextOption = None, routers: RoutersOption = None, lora: LoraOption = None,
+           kv: KvOption = None, force_skip: ForceOption = None, seed: SeedOption = 0,
            output: Annotated[str | None, typer.Option("-o", "--output", help="Picture to write, .png or .svg.")] = None,
            as_json: JsonOption = False) -> None:
     """Show which modules each token skips, layer by layer."""
@@ -250,7 +252,7 @@ def routes(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Token
     its_prompt = _prompt(prompt, prompt_tokens)
     if output is not None and Path(output).suffix not in FORMATS:
         raise RequestError(f"{output}: a skip map is written as {' or '.join(FORMATS)}")
-    source = _open(model)
+    source = _open(model, lora)
     tokens = encode(source, *its_prompt, chat)
     asked = Routing(routers=routers, kv=kv, force_skip=force_skip, seed=seed)
     generator = _open_generator(device, config, context, *route_source(source, asked))
@@ -280,14 +282,14 @@ def routes(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Token
 def compile_command(model: ModelOption,
                     output: Annotated[str, typer.Option("-o", "--output", help="Bundle to write.")],
                     config: ConfigOption = None, context: ContextOption = None, routers: RoutersOption = None,
-                    kv: KvOption = None, buffer: BufferOption = None, kv_share: ShareOption = None,
-                    as_json: JsonOption = False) -> None:
+                    lora: LoraOption = None, kv: KvOption = None, buffer: BufferOption = None,
+                    kv_share: ShareOption = None, as_json: JsonOption = False) -> None:
     """Compile a model into one bundle file for a configuration."""
     from .bundle import save_bundle
     from .compiled import Compiled
     from .errors import RequestError
     from .session import Routing, route_source
-    source = _open(model)
+    source = _open(model, lora)
     if isinstance(source, Compiled):
         raise RequestError(f"{model} is already compiled, for configuration {source.config.name}")
     model_of, its_routers, _ = route_source(source, Routing(routers=routers, kv=kv))
@@ -385,10 +387,10 @@ def _sampling(temp: float | None, top_k: int | None, top_p: float | None, seed: 
                     seed=seed)
 
 
-def _open(model: str) -> Model | Compiled:
+def _open(model: str, lora: str | None = None) -> Model | Compiled:
     from .session import open_source
     with progress(f"loading {model}"):
-        return open_source(model)
+        return open_source(model, lora)
 
 
 def _sizes(buffer: int | None, share: float | None) -> KvSizes | None:

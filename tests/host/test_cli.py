@@ -306,6 +306,23 @@ def test_skipgpt_checkpoints_are_routers_too(call, model, folder, tmp_path):
     assert line.endswith("router.pth: missing keys: model.layers.1.router_mlp.weight_predictor.bias")
 
 
+def test_skipgpt_lora_changes_the_weights(call, model, folder, tmp_path):
+    name = "base_model.model.model.layers.0.block.mlp.down_proj"
+    sizes, generator = load_model(folder / "model.gguf").config, torch.Generator().manual_seed(1)
+    rows, cols = sizes.hidden, sizes.mlp
+    lora = {f"{name}.lora_A.default.weight": torch.randn(4, cols, generator=generator),
+            f"{name}.lora_B.default.weight": torch.randn(rows, 4, generator=generator)}
+    torch.save(lora, tmp_path / "lora.pth")
+    arguments = ("generate", *model, *PROMPT, *TINY, "-n", 6)
+    assert call.json(*arguments, "--lora", tmp_path / "lora.pth")["tokens"] != call.json(*arguments)["tokens"]
+    call.good("compile", *model, *TINY, "-o", tmp_path / "bundle")
+    line = call.bad("generate", "-m", tmp_path / "bundle", *PROMPT, "--lora", tmp_path / "lora.pth")
+    assert line.endswith("a bundle is made with its weights; give --lora to compile")
+    del lora[f"{name}.lora_B.default.weight"]
+    torch.save(lora, tmp_path / "lora.pth")
+    assert "missing keys" in call.bad(*arguments, "--lora", tmp_path / "lora.pth")
+
+
 def test_a_bundle_keeps_its_routers(call, model, folder, tmp_path):
     arguments = ("--routers", folder / "routers", "--kv", "dense")
     bundle = tmp_path / "routed.skpu"
