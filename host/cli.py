@@ -84,8 +84,8 @@ def generate(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Tok
              top_p: Annotated[float | None, typer.Option("--top-p", help="Sample from the likeliest that reach this "
                                                                          "probability.")] = None,
              routers: RoutersOption = None, lora: LoraOption = None, kv: KvOption = None,
-             force_skip: ForceOption = None, seed: SeedOption = 0, buffer: BufferOption = None, kv_share: ShareOption = None,
-             memory: MemoryOption = None, as_json: JsonOption = False) -> None:
+             force_skip: ForceOption = None, seed: SeedOption = 0, buffer: BufferOption = None,
+             kv_share: ShareOption = None, memory: MemoryOption = None, as_json: JsonOption = False) -> None:
     """Continue a prompt; text on stdout as it comes, timings on stderr."""
     from .report import LABELS, Timing, memory_report, skip_report, summary_lines
     from .session import Routing, check_device, route_source
@@ -181,7 +181,8 @@ def evaluate(model: ModelOption,
              limit: Annotated[int | None, typer.Option("--limit", help="Sequences to use.")] = None,
              device: DeviceOption = "functional", config: ConfigOption = None,
              context: ContextOption = None, routers: RoutersOption = None, lora: LoraOption = None,
-             kv: KvOption = None, force_skip: ForceOption = None, seed: SeedOption = 0, as_json: JsonOption = False) -> None:
+             kv: KvOption = None, force_skip: ForceOption = None, seed: SeedOption = 0,
+             as_json: JsonOption = False) -> None:
     """Measure how near a device comes to the float reference: perplexity, KL, top-1 agreement.
 
     With routers a device is compared with the reference that has the same routers; the reference itself, with the one
