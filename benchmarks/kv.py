@@ -21,10 +21,11 @@ from skipopu.sim.hbm import HbmTiming
 from skipopu.sim.native import MemoryTiming
 
 #: Two ports of 64 bits at eight times the clock: a port has the bytes per second, per burst and in flight of 512 bits
-#: at 225 MHz, with the latencies, refreshes and rows of the same memory; an access brings one of its beats. Small
-#: enough to be built and run in minutes.
-SMALL = replace(preset("tiny"), name="kvsmall", burst_beats=128, fifo_beats=4096, outstanding=16, history_tokens=2048,
-                buffer_beats=16384)
+#: at 225 MHz, with the latencies, refreshes and rows of the same memory; an access brings one of its beats. The
+#: history buffer holds 1,024 records of 32 heads x 16, as u280's does of Llama-2-7B's. Small enough to be built and
+#: run in minutes.
+SMALL = replace(preset("tiny"), name="kvsmall", burst_beats=128, fifo_beats=4096, outstanding=16, history_tokens=8192,
+                buffer_beats=131072)
 _HBM = HbmTiming()
 SMALL_TIMING = MemoryTiming(hbm=HbmTiming(core_mhz=8 * _HBM.core_mhz, memory_mhz=8 * _HBM.core_mhz, same_group=1))
 PAPER = {"dense": 0.887, "reuse": 0.782, "reuse, buffer": 1.015, "alternate, buffer": 0.831}
