@@ -177,7 +177,7 @@ class ComputeUnit(wiring.Component):
         or the last superbeat dropped
     weights : superbeats of the weight stream
     kv_request, kv_tile, kv_release : the KV buffer's read side; release after PV
-    exponent_slot, exponent_head, exponents : K exponents of one (slot, head), 5 bits per token of the tile, combinational
+    exponent_slot, exponent_head, exponents : K exponents of one (slot, head), 5 bits per token, at once
     write_* : MBUF's write port
     out : AccBeat stream in the order h, n, g, t, c
     active, starved, drain_blocked : counters' events
