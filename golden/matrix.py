@@ -104,8 +104,8 @@ class MatrixUnit:
 
     def _operand(self, mode: MatmulMode, values: dict[str, int]) -> list[WeightTiles]:
         """The next weight stream, unpacked; one item per head."""
-        sizes = values["heads"], values["n_tiles"], values["k_tiles"]
-        ranges = self._take(weight_superbeats(self.state.config, mode, sizes[0] * sizes[1] * sizes[2]))
+        sizes = values["heads"], values["n_tiles"], values["k_tiles"], values["group"]
+        ranges = self._take(weight_superbeats(self.state.config, mode, sizes[0] * sizes[1], *sizes[2:]))
 
         def build() -> tuple[list[WeightTiles], list[tuple[int, int]]]:
             stream = np.concatenate([linear(self.state.config, self.memories, *part) for part in ranges])

@@ -104,31 +104,39 @@ def linear(config: OverlayConfig, memories: list[np.ndarray], address: int, coun
     return np.stack(parts, 1).reshape(count, config.superbeat_bytes)
 
 
-def weight_superbeats(config: OverlayConfig, mode: MatmulMode, tiles: int) -> int:
-    """Superbeats of the weight stream of a matmul of so many (column, lane) tiles."""
-    chunk_beats, groups = config.scale_chunk(mode == MatmulMode.W4M)
-    return tiles * _PLANES[mode] * config.tile_beats + -(-tiles // groups) * chunk_beats
+def weight_superbeats(config: OverlayConfig, mode: MatmulMode, column_tiles: int, k_tiles: int, group: int) -> int:
+    """Superbeats of the weight stream of a matmul of so many column tiles (of all heads)."""
+    return len(_scale_places(config, mode, column_tiles, k_tiles, group)[0])
+
+
+def _scale_places(config: OverlayConfig, mode: MatmulMode, column_tiles: int, k_tiles: int,
+                  group: int) -> tuple[np.ndarray, np.ndarray]:
+    """(superbeats of a weight stream that are scales, bool; number of the scale set of each tile, int)."""
+    beats, sets = config.scale_chunk(mode == MatmulMode.W4M, group)
+    served = np.arange(k_tiles) // config.scale_tiles(group)  # within a column tile, which begins a set of its own
+    number = (np.arange(column_tiles)[:, None] * (served[-1] + 1) + served).reshape(-1)
+    begins = np.diff(number // sets, prepend=-1) > 0  # a chunk, at a tile
+    runs = np.tile([beats, _PLANES[mode] * config.tile_beats], (len(number), 1))
+    runs[~begins, 0] = 0
+    return np.repeat(np.tile([True, False], len(number)), runs.reshape(-1)), number
 
 
 def unpack_weights(config: OverlayConfig, mode: MatmulMode, stream: np.ndarray, heads: int, n_tiles: int, k_tiles: int,
-                   scale_exponent: int) -> list[WeightTiles]:
+                   group: int, scale_exponent: int) -> list[WeightTiles]:
     """The tiles of a matmul's weight stream, uint8 [superbeats, W], one `WeightTiles` per head.
 
+    group : log2 of the blocks that share a scale
     Raises ProgramError if a scale's exponent exceeds ``scale_exponent``.
     """
     lanes, columns, blocks, planes = config.lanes, config.columns, config.blocks, _PLANES[mode]
     with_minimum = mode == MatmulMode.W4M
-    chunk_beats, groups = config.scale_chunk(with_minimum)
-    tiles = heads * n_tiles * k_tiles
-    period = chunk_beats + groups * planes * config.tile_beats
-    periods = -(-tiles // groups)
-    padded = np.zeros((periods * period, config.superbeat_bytes), np.uint8)
-    padded[: len(stream)] = stream
-    padded = padded.reshape(periods, period * config.superbeat_bytes)
-    cut = chunk_beats * config.superbeat_bytes
-    kinds = 2 if with_minimum else 1
-    halves = np.ascontiguousarray(padded[:, :cut]).view(np.uint16).reshape(-1, kinds, blocks, columns)[:tiles]
-    packed = padded[:, cut:].reshape(-1, planes, columns, lanes // 2)[:tiles]  # column n of a tile: K / 2 bytes
+    beats = config.scale_chunk(with_minimum, group)[0]
+    kinds, lines = 2 if with_minimum else 1, max(blocks >> group, 1)
+    is_scale, number = _scale_places(config, mode, heads * n_tiles, k_tiles, group)
+    halves = stream[is_scale].reshape(-1, beats * config.superbeat_bytes).view(np.uint16)
+    halves = halves.reshape(-1, kinds, lines, columns)[number]  # of each tile
+    halves = np.repeat(halves, blocks // lines, axis=2)
+    packed = stream[~is_scale].reshape(-1, planes, columns, lanes // 2)  # column n of a tile: K / 2 bytes
     nibbles = np.stack((packed & 15, packed >> 4), -1).reshape(heads, n_tiles, k_tiles, planes, columns, lanes)
     signed = (nibbles.astype(np.int8) ^ 8) - 8
     if with_minimum:

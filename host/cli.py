@@ -70,6 +70,10 @@ ShareOption = Annotated[float | None, typer.Option("--kv-share", metavar="SHARE"
                                                    "for this part of all (layer, token) pairs, 0..1. Default: 1.")]
 MemoryOption = Annotated[str | None, typer.Option("--memory", help="Timing of simulated memory: ideal or hbm. Default: "
                                                                    "ideal.")]
+WeightsOption = Annotated[str | None, typer.Option("--weights", metavar="KIND", help="Kind of the layers' linear "
+                                                   "weights: q4_0, q4_g64, q4_g128, with minima q4_1, q4m_g64, "
+                                                   "q4m_g128, or q8_0. A GGUF file's are quantised again. Default: "
+                                                   "as they are.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
@@ -85,14 +89,15 @@ def generate(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Tok
                                                                          "probability.")] = None,
              routers: RoutersOption = None, lora: LoraOption = None, kv: KvOption = None,
              force_skip: ForceOption = None, seed: SeedOption = 0, buffer: BufferOption = None,
-             kv_share: ShareOption = None, memory: MemoryOption = None, as_json: JsonOption = False) -> None:
+             kv_share: ShareOption = None, memory: MemoryOption = None, weights: WeightsOption = None,
+             as_json: JsonOption = False) -> None:
     """Continue a prompt; text on stdout as it comes, timings on stderr."""
     from .report import LABELS, Timing, memory_report, skip_report, summary_lines
     from .session import Routing, check_device, route_source
     from .session import prompt_tokens as encode
     check_device(device)
     its_prompt = _prompt(prompt, prompt_tokens)
-    source = _open(model, lora)
+    source = _open(model, lora, weights)
     tokens = encode(source, *its_prompt, chat)
     sampling = _sampling(temp, top_k, top_p, seed)
     routed = route_source(source, Routing(routers=routers, kv=kv, force_skip=force_skip, seed=seed))
@@ -181,12 +186,12 @@ def evaluate(model: ModelOption,
              limit: Annotated[int | None, typer.Option("--limit", help="Sequences to use.")] = None,
              device: DeviceOption = "functional", config: ConfigOption = None,
              context: ContextOption = None, routers: RoutersOption = None, lora: LoraOption = None,
-             kv: KvOption = None, force_skip: ForceOption = None, seed: SeedOption = 0,
+             kv: KvOption = None, force_skip: ForceOption = None, seed: SeedOption = 0, weights: WeightsOption = None,
              as_json: JsonOption = False) -> None:
     """Measure how near a device comes to the float reference: perplexity, KL, top-1 agreement.
 
     With routers a device is compared with the reference that has the same routers; the reference itself, with the one
-    that has none.
+    that has none. With other weights both are compared with the reference that has the model's own.
     """
     from .errors import RequestError
     from .evaluate import evaluate as run
@@ -199,8 +204,9 @@ def evaluate(model: ModelOption,
     if not isinstance(source, Model):
         raise RequestError("eval needs the model itself for the reference; a bundle holds only its compiled form")
     length = sequences.shape[1]
-    model_of, its_routers, force = route_source(source, Routing(routers=routers, kv=kv, force_skip=force_skip,
-                                                               seed=seed))
+    given = source if weights is None else _open(model, lora, weights)
+    model_of, its_routers, force = route_source(given, Routing(routers=routers, kv=kv, force_skip=force_skip,
+                                                              seed=seed))
     assert isinstance(model_of, Model)
     routed = ReferenceGenerator(model_of, routers=its_routers, force=force)
     for sequence in sequences:
@@ -210,6 +216,8 @@ def evaluate(model: ModelOption,
     if device != REFERENCE:
         tested = _open_generator(device, config, context or length, model_of, its_routers, force)
     elif its_routers is not None:
+        reference = ReferenceGenerator(source)
+    if weights is not None:
         reference = ReferenceGenerator(source)
     begin = time.perf_counter()
     with progress("evaluating", sequences.size - len(sequences)) as update:
@@ -284,13 +292,13 @@ def compile_command(model: ModelOption,
                     output: Annotated[str, typer.Option("-o", "--output", help="Bundle to write.")],
                     config: ConfigOption = None, context: ContextOption = None, routers: RoutersOption = None,
                     lora: LoraOption = None, kv: KvOption = None, buffer: BufferOption = None,
-                    kv_share: ShareOption = None, as_json: JsonOption = False) -> None:
+                    kv_share: ShareOption = None, weights: WeightsOption = None, as_json: JsonOption = False) -> None:
     """Compile a model into one bundle file for a configuration."""
     from .bundle import save_bundle
     from .compiled import Compiled
     from .errors import RequestError
     from .session import Routing, route_source
-    source = _open(model, lora)
+    source = _open(model, lora, weights)
     if isinstance(source, Compiled):
         raise RequestError(f"{model} is already compiled, for configuration {source.config.name}")
     model_of, its_routers, _ = route_source(source, Routing(routers=routers, kv=kv))
@@ -388,10 +396,10 @@ def _sampling(temp: float | None, top_k: int | None, top_p: float | None, seed: 
                     seed=seed)
 
 
-def _open(model: str, lora: str | None = None) -> Model | Compiled:
+def _open(model: str, lora: str | None = None, weights: str | None = None) -> Model | Compiled:
     from .session import open_source
     with progress(f"loading {model}"):
-        return open_source(model, lora)
+        return open_source(model, lora, weights)
 
 
 def _sizes(buffer: int | None, share: float | None) -> KvSizes | None:

@@ -213,7 +213,8 @@ class _Emitter:
         stream, inner_rows = self.image.weights[name], self.plan.rows(inner)
         self.build.emit("matmul", reads=reads, rows_reg=rows_reg, x=self.on_chip[source], x_reg=x_reg, mode=stream.mode,
                         heads=1, groups=1, n_tiles=ceil_div(width, self.config.columns), k_tiles=inner_rows,
-                        row_stride=inner_rows, scale_exponent=stream.scale_exponent, beats=self.plan.beats(width))
+                        row_stride=inner_rows, scale_exponent=stream.scale_exponent, group=stream.group,
+                        beats=self.plan.beats(width))
 
     def _attention(self, layer: int) -> None:
         plan, emit, on_chip = self.plan, self.build.emit, self.on_chip

@@ -63,8 +63,9 @@ def run_effects(config: OverlayConfig, program: Program, arguments: Arguments, t
                 weights += fields["count"]
             case "matmul":
                 if fields["mode"] in _WEIGHTS:
-                    weights -= fields["heads"] * weight_superbeats(config, MatmulMode(fields["mode"]),
-                                                                   fields["n_tiles"], fields["k_tiles"])
+                    weights -= weight_superbeats(config, MatmulMode(fields["mode"]),
+                                                 fields["heads"] * fields["n_tiles"], fields["k_tiles"],
+                                                 fields["group"])
                 results += 1
             case "dropw":
                 weights -= fields["count"]

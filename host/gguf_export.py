@@ -1,4 +1,7 @@
-"""Write models as GGUF files, quantised as they are: what `gguf_import` reads, and other tools too."""
+"""Write models as GGUF files, quantised as they are: what `gguf_import` reads, and other tools too.
+
+GGUF has no groups beyond 32: a scale that more weights share is written for every 32 of them.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ __all__ = ["write_gguf"]
 
 def _pack(tensor: QuantTensor) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
     """A tensor's bytes in its GGUF type: uint8 [rows, bytes], or its plain values."""
+    tensor = tensor.narrowed()
     kind = gguf.GGMLQuantizationType[tensor.kind.upper()]
     if tensor.codes is None:
         assert tensor.values is not None

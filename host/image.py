@@ -28,6 +28,7 @@ class WeightStream:
     count: int  # superbeats
     mode: MatmulMode
     scale_exponent: int
+    group: int  # log2 of the blocks that share a scale
 
 
 class ImageBuilder:
@@ -133,7 +134,8 @@ class ImageBuilder:
         self._place_weights(name, lower_linear(self.config, name, tensor, rows, cols, self.notes))
 
     def _place_weights(self, name: str, linear: Linear) -> None:
-        stream = pack_weights(self.config, linear.mode, linear.codes, linear.scale, linear.minimum)
+        stream = pack_weights(self.config, linear.mode, linear.codes, linear.scale, linear.minimum,
+                              linear.group)
         self._place(name, stream)
         exponent = scale_exponent(linear.mode, linear.scale, linear.minimum)
-        self.weights[name] = WeightStream(self.address(name), len(stream), linear.mode, exponent)
+        self.weights[name] = WeightStream(self.address(name), len(stream), linear.mode, exponent, linear.group)

@@ -48,11 +48,14 @@ class MemoryMap:
         return address
 
 
-def weight_superbeats(config: OverlayConfig, mode: MatmulMode, n_tiles: int, k_tiles: int) -> int:
-    """Length of the weight stream of one matmul: what its LOADW counts and its MATMUL consumes."""
-    chunk_beats, groups = config.scale_chunk(mode == MatmulMode.W4M)
-    tiles = n_tiles * k_tiles
-    return tiles * PLANES[mode] * config.tile_beats + ceil_div(tiles, groups) * chunk_beats
+def weight_superbeats(config: OverlayConfig, mode: MatmulMode, n_tiles: int, k_tiles: int, group: int = 0) -> int:
+    """Length of the weight stream of one matmul: what its LOADW counts and its MATMUL consumes.
+
+    n_tiles : of all heads; group : log2 of the blocks that share a scale
+    """
+    chunk_beats, sets = config.scale_chunk(mode == MatmulMode.W4M, group)
+    all_sets = n_tiles * ceil_div(k_tiles, config.scale_tiles(group))
+    return n_tiles * k_tiles * PLANES[mode] * config.tile_beats + ceil_div(all_sets, sets) * chunk_beats
 
 
 def scale_exponent(mode: MatmulMode, scale: np.ndarray, minimum: np.ndarray | None = None) -> int:
@@ -63,22 +66,25 @@ def scale_exponent(mode: MatmulMode, scale: np.ndarray, minimum: np.ndarray | No
 
 
 def pack_weights(config: OverlayConfig, mode: MatmulMode, codes: np.ndarray, scale: np.ndarray,
-                 minimum: np.ndarray | None = None) -> np.ndarray:
+                 minimum: np.ndarray | None = None, group: int = 0) -> np.ndarray:
     """The weight stream of one matmul: uint8 [superbeats, W], tiles n outer, k inner, scale chunks between.
 
     codes : int8 [rows, cols], output features x input features; cols a multiple of lanes
-    scale, minimum : float16 [rows, cols / block]
+    scale, minimum : float16 [rows, cols / block / 2^group], rounded up; group : log2 of the blocks that share a scale
     Rows are padded with zeros to whole column tiles. W4: codes -8..7; W4M: 0..15; W8: -128..127.
+    A chunk stands before the first tile that needs one of its sets; a set serves no two column tiles.
     """
     rows, cols = codes.shape
-    k_tiles, n_tiles = cols // config.lanes, ceil_div(rows, config.columns)
-    chunk_beats, groups = config.scale_chunk(mode == MatmulMode.W4M)
-    planes, width = PLANES[mode], config.superbeat_bytes
-    tiles, tile_bytes = n_tiles * k_tiles, config.tile_beats * width
-    periods = ceil_div(tiles, groups)
-    out = np.zeros((periods, chunk_beats * width + groups * planes * tile_bytes), np.uint8)
-    body = np.zeros((periods * groups, planes * tile_bytes), np.uint8)
-    columns, blocks = config.columns, config.blocks
+    columns, width, planes = config.columns, config.superbeat_bytes, PLANES[mode]
+    k_tiles, n_tiles, share = cols // config.lanes, ceil_div(rows, columns), config.scale_tiles(group)
+    chunk_beats, sets = config.scale_chunk(mode == MatmulMode.W4M, group)
+    tile_beats, tile_bytes = planes * config.tile_beats, config.tile_beats * width
+    per_n = ceil_div(k_tiles, share)  # scale sets of a column tile
+    set_of = np.arange(n_tiles)[:, None] * per_n + np.arange(k_tiles) // share
+    tile_at = (np.arange(n_tiles * k_tiles) * tile_beats + (set_of.reshape(-1) // sets + 1) * chunk_beats)[:, None]
+    n, k = np.divmod(np.arange(0, n_tiles * per_n, sets), per_n)
+    chunk_at = (n * k_tiles + k * share) * tile_beats + np.arange(len(n)) * chunk_beats
+    out = np.zeros((weight_superbeats(config, mode, n_tiles, k_tiles, group), width), np.uint8)
     step = max(1, _ROWS_AT_ONCE // columns)
     for first in range(0, n_tiles, step):
         part = codes[first * columns : (first + step) * columns]
@@ -87,23 +93,21 @@ def pack_weights(config: OverlayConfig, mode: MatmulMode, codes: np.ndarray, sca
             part = np.pad(part, ((0, count * columns - len(part)), (0, 0)))
         part = part.reshape(count, columns, k_tiles, config.lanes).transpose(0, 2, 1, 3)
         part = np.ascontiguousarray(part).view(np.uint8).reshape(count * k_tiles, tile_bytes, 2)
-        target = body[first * k_tiles : first * k_tiles + len(part)]
-        if mode == MatmulMode.W8:
-            target[:, :tile_bytes] = _nibbles(part >> 4)
-            target[:, tile_bytes:] = _nibbles((part & 15) ^ 8)  # (q & 15) - 8, as a nibble
+        if mode == MatmulMode.W8:  # (q & 15) - 8, as a nibble
+            part = np.stack((_nibbles(part >> 4), _nibbles((part & 15) ^ 8)), axis=1)
         else:
-            target[:] = _nibbles((part & 15) ^ (8 if mode == MatmulMode.W4M else 0))
-    group = np.zeros((periods * groups, 1 if minimum is None else 2, blocks, columns), np.uint16)
+            part = _nibbles((part & 15) ^ (8 if mode == MatmulMode.W4M else 0))
+        at = tile_at[first * k_tiles : (first + count) * k_tiles]
+        out[at + np.arange(tile_beats)] = part.reshape(len(at), tile_beats, width)
+    lines = max(config.blocks >> group, 1)  # scales of a column in one set
+    chunks = np.zeros((len(chunk_at) * sets, 1 if minimum is None else 2, lines, columns), np.uint16)
     for index, values in enumerate((scale,) if minimum is None else (scale, minimum)):
-        padded = np.zeros((n_tiles * columns, k_tiles * blocks), np.uint16)
+        padded = np.zeros((n_tiles * columns, per_n * lines), np.uint16)
         padded[:rows] = np.ascontiguousarray(values).view(np.uint16)
-        padded = padded.reshape(n_tiles, columns, k_tiles, blocks).transpose(0, 2, 3, 1)
-        group[:tiles, index] = padded.reshape(tiles, blocks, columns)
-    scales = group.view(np.uint8).reshape(periods, -1)
-    out[:, : scales.shape[1]] = scales
-    out[:, chunk_beats * width :] = body.reshape(periods, -1)
-    used = weight_superbeats(config, mode, n_tiles, k_tiles)
-    return out.reshape(-1, width)[:used]
+        padded = padded.reshape(n_tiles, columns, per_n, lines).transpose(0, 2, 3, 1)
+        chunks[: n_tiles * per_n, index] = padded.reshape(-1, lines, columns)
+    out[chunk_at[:, None] + np.arange(chunk_beats)] = chunks.view(np.uint8).reshape(len(chunk_at), chunk_beats, width)
+    return out
 
 
 def _nibbles(codes: np.ndarray) -> np.ndarray:

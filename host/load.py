@@ -15,6 +15,7 @@ from .errors import ModelError
 from .gguf_import import load_gguf
 from .hf_import import load_hf
 from .model import Model
+from .quantise import requantised
 
 __all__ = ["Loader", "NamedModel", "list_models", "load_model", "register_loader"]
 
@@ -28,7 +29,8 @@ class Loader:
 
     name: str                          # shown when nothing matches
     matches: Callable[[Path], bool]    # looks at the path and the first bytes only
-    load: Callable[[Path], Model]
+    load: Callable[..., Model]
+    quantises: bool = False            # ``load`` takes ``linear``, the kind of the layers' linear weights
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def _starts_with(magic: bytes) -> Callable[[Path], bool]:
 
 LOADERS = [
     Loader("GGUF file", _starts_with(b"GGUF"), load_gguf),
-    Loader("Hugging Face folder", lambda path: (path / "config.json").is_file(), load_hf),
+    Loader("Hugging Face folder", lambda path: (path / "config.json").is_file(), load_hf, quantises=True),
 ]
 
 
@@ -79,9 +81,11 @@ def list_models() -> list[NamedModel]:
                        "part of this package")]
 
 
-def load_model(spec: str | Path) -> Model:
+def load_model(spec: str | Path, weights: str | None = None) -> Model:
     """Load a model from its name in ``list_models``, a GGUF file, a Hugging Face folder, or a registered format.
 
+    weights : kind of the layers' linear weights; by default as the file has them, or what the format's loader chooses.
+        Weights that are quantised in the file are quantised again.
     A name wins over a file of the same name in the current folder; write ``./name`` for the file.
     Raises ModelError, one line, if there is no such model or it cannot be used.
     """
@@ -89,7 +93,7 @@ def load_model(spec: str | Path) -> Model:
     if (known := named.get(str(spec))) is not None:
         if known.path is None:
             raise ModelError(f"model {known.name} is not installed: {known.install}")
-        return load_gguf(known.path)
+        return _weighing(load_gguf(known.path), weights)
     path = Path(spec)
     if not path.exists():
         close = get_close_matches(str(spec), named, n=1)
@@ -98,7 +102,13 @@ def load_model(spec: str | Path) -> Model:
     try:
         for loader in LOADERS:
             if loader.matches(path):
-                return loader.load(path)
+                if loader.quantises and weights is not None:
+                    return loader.load(path, linear=weights)
+                return _weighing(loader.load(path), weights)
     except OSError as error:
         raise ModelError(f"{spec}: cannot be read ({error.strerror})") from None
     raise ModelError(f"{spec}: not recognised; expected a {', a '.join(loader.name for loader in LOADERS)}")
+
+
+def _weighing(model: Model, kind: str | None) -> Model:
+    return model if kind is None else requantised(model, kind)

@@ -64,6 +64,7 @@ def merged(model: Model, routers: Routers) -> tuple[Model, Routers]:
 def _changed(tensor: QuantTensor, change: np.ndarray) -> QuantTensor:
     if change.ndim == 1:
         return replace(tensor, values=tensor.dequantise() * (1 + change))
+    tensor = tensor.narrowed()  # factors have a number for every 32 weights
     if tensor.kind not in ("q4_0", "q4_1"):
         return quantise(tensor.dequantise() + change.repeat(GROUP, 1), tensor.kind)
     assert tensor.codes is not None and tensor.scale is not None

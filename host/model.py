@@ -1,7 +1,7 @@
 """The compiler's view of a Llama-family model: configuration, quantised tensors, tokenizer, origin.
 
 Tensors stay in the quantised form of their file, so that the compiler lays them out without requantising.
-Linear weights are [output features, input features]; groups of 32 consecutive input features share a scale.
+Linear weights are [output features, input features]; groups of 32, 64 or 128 consecutive input features share a scale.
 Rows of Q and K are in GGUF order: rotary embedding turns the adjacent pairs (2i, 2i + 1) of each head.
 """
 
@@ -20,12 +20,16 @@ if TYPE_CHECKING:
     from .chat import ChatTemplate
     from .tokenizer import Tokenizer
 
-__all__ = ["GROUP", "KINDS", "LAYER_TENSORS", "Llama3Scaling", "Model", "ModelConfig", "QuantTensor", "rope_inv_freq",
-           "tensor_name", "tensor_shapes"]
+__all__ = ["BASE", "GROUP", "GROUPS", "KINDS", "LAYER_TENSORS", "Llama3Scaling", "Model", "ModelConfig", "QuantTensor",
+           "rope_inv_freq", "tensor_name", "tensor_shapes"]
 
 GROUP = 32  # consecutive input features that share one scale, as in GGUF's Q4_0, Q4_1 and Q8_0
-CODE_RANGE = {"q8_0": (-128, 127), "q4_0": (-8, 7), "q4_1": (0, 15)}
-KINDS = ("f32", "f16", *CODE_RANGE)
+#: kind -> input features that share a scale; those beyond 32 are ours: what GPTQ and AWQ call a group size
+GROUPS = {"q8_0": GROUP, "q4_0": GROUP, "q4_1": GROUP, "q4_g64": 64, "q4_g128": 128, "q4m_g64": 64, "q4m_g128": 128}
+#: kind -> the one with the same codes and groups of 32
+BASE = {kind: kind if kind.endswith(("_0", "_1")) else "q4_1" if kind.startswith("q4m") else "q4_0" for kind in GROUPS}
+CODE_RANGE = {"q8_0": (-128, 127), "q4_0": (-8, 7), "q4_1": (0, 15)}  # by base
+KINDS = ("f32", "f16", *GROUPS)
 LAYER_TENSORS = ("attn_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down")
 MAX_LAYERS = 1024  # far above any Llama; keeps a damaged file from asking for a billion tensors
 NORMS = ("attn_norm", "mlp_norm", "final_norm")
@@ -85,12 +89,14 @@ class ModelConfig:
 
 @dataclass(frozen=True, eq=False)
 class QuantTensor:
-    """One tensor, quantised in groups of 32 along its columns, or plain.
+    """One tensor, quantised in groups along its columns, or plain.
 
     kind "f32", "f16": ``values`` float32 / float16 [rows, cols] or [cols].
     kind "q8_0", "q4_0", "q4_1": ``codes`` int8 [rows, cols], ``scale`` float16 [rows, cols / 32]; "q4_1" also has
     ``minimum`` float16 [rows, cols / 32]. The value is ``code * scale (+ minimum)``; codes are -128..127, -8..7
-    (the file's 0..15 less 8) and 0..15.
+    (the file's 0..15 less 8) and 0..15. cols is a multiple of 32.
+    kind "q4_g64", "q4_g128": as "q4_0" with a scale for 64 or 128 columns, the last of a row for as many as are left;
+    "q4m_g64", "q4m_g128": as "q4_1".
     Raises ModelError on a wrong dtype or shape, a code out of range, NaN or infinity.
     """
 
@@ -104,9 +110,9 @@ class QuantTensor:
         if self.kind not in KINDS:
             raise ModelError(f"tensor kind must be one of {', '.join(KINDS)}, not {self.kind!r}")
         expected: dict[str, type] = {"values": np.float32 if self.kind == "f32" else np.float16}
-        if self.kind in CODE_RANGE:
+        if self.kind in GROUPS:
             expected = {"codes": np.int8, "scale": np.float16}
-            if self.kind == "q4_1":
+            if BASE[self.kind] == "q4_1":
                 expected["minimum"] = np.float16
         for part in ("values", "codes", "scale", "minimum"):
             array = getattr(self, part)
@@ -123,13 +129,18 @@ class QuantTensor:
             return
         if self.codes.ndim != 2 or self.codes.shape[1] % GROUP:
             raise ModelError(f"{self.kind} codes must be [rows, a multiple of {GROUP}], not {list(self.codes.shape)}")
-        groups = (self.codes.shape[0], self.codes.shape[1] // GROUP)
+        groups = (self.codes.shape[0], -(-self.codes.shape[1] // self.group))
         for array in (self.scale, self.minimum):
             if array is not None and array.shape != groups:
                 raise ModelError(f"{self.kind} scale and minimum must be {list(groups)}, not {list(array.shape)}")
-        low, high = CODE_RANGE[self.kind]
+        low, high = CODE_RANGE[BASE[self.kind]]
         if self.codes.size and not (self.codes.min() >= low and self.codes.max() <= high):
             raise ModelError(f"{self.kind} codes must be {low}..{high}, not {self.codes.min()}..{self.codes.max()}")
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale, of a quantised tensor."""
+        return GROUPS[self.kind]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -143,12 +154,21 @@ class QuantTensor:
         if self.codes is None:
             assert self.values is not None
             return self.values.astype(np.float32)
-        assert self.scale is not None
-        groups = self.codes.reshape(*self.scale.shape, GROUP).astype(np.float32)
-        groups *= self.scale.astype(np.float32)[..., None]
-        if self.minimum is not None:
-            groups += self.minimum.astype(np.float32)[..., None]
+        narrow = self.narrowed()
+        assert narrow.scale is not None
+        groups = self.codes.reshape(*narrow.scale.shape, GROUP).astype(np.float32)
+        groups *= narrow.scale.astype(np.float32)[..., None]
+        if narrow.minimum is not None:
+            groups += narrow.minimum.astype(np.float32)[..., None]
         return groups.reshape(self.codes.shape)
+
+    def narrowed(self) -> QuantTensor:
+        """The same values with a scale for every 32 columns, a kind that GGUF has."""
+        if self.codes is None or self.group == GROUP:
+            return self
+        columns = np.arange(self.codes.shape[1] // GROUP) * GROUP // self.group
+        scale, minimum = (part if part is None else part[:, columns] for part in (self.scale, self.minimum))
+        return QuantTensor(BASE[self.kind], codes=self.codes, scale=scale, minimum=minimum)
 
     def take_rows(self, rows: np.ndarray) -> QuantTensor:
         """The tensor with the given rows (int [n] or a boolean mask), in that order."""

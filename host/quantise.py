@@ -1,17 +1,20 @@
-"""Quantise float weights to the group formats of QuantTensor (32 input features share a scale).
+"""Quantise float weights to the group formats of QuantTensor (32, 64 or 128 input features share a scale).
 
 Each group tries several ranges, narrower than its own, and refits scale and minimum to the rounded codes by least
-squares: a group's outlier costs less when clipped than when it stretches the step of the other 31 values.
+squares: a group's outlier costs less when clipped than when it stretches the step of all other values.
 """
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
+
 import numpy as np
 
 from .errors import ModelError
-from .model import GROUP, QuantTensor
+from .model import BASE, GROUP, GROUPS, LAYER_TENSORS, Model, QuantTensor, tensor_name
 
-__all__ = ["quantise"]
+__all__ = ["quantise", "requantised"]
 
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # ranges tried, as a part of the group's own
 CHUNK_ROWS = 2048  # bounds the temporaries to some tens of MB for the widest matrices
@@ -32,22 +35,42 @@ def quantise(values: np.ndarray, kind: str) -> QuantTensor:
         return QuantTensor(kind, values=values.astype(np.float16))
     if values.ndim != 2 or values.shape[1] % GROUP:
         raise ModelError(f"weights must be [rows, a multiple of {GROUP}] for {kind}, not {list(values.shape)}")
-    fit = {"q8_0": _fit_q8_0, "q4_0": _fit_q4_0, "q4_1": _fit_q4_1}.get(kind)
-    if fit is None:
-        raise ModelError(f"weights can be quantised to f32, f16, q8_0, q4_0 or q4_1, not {kind!r}")
-    rows, cols = values.shape
-    codes = np.empty((rows, cols // GROUP, GROUP), np.int8)
-    scale = np.empty((rows, cols // GROUP), np.float16)
+    if kind not in GROUPS:
+        raise ModelError(f"weights can be quantised to f32, f16, {', '.join(GROUPS)}, not {kind!r}")
+    fit = {"q8_0": _fit_q8_0, "q4_0": _fit_q4_0, "q4_1": _fit_q4_1}[BASE[kind]]
+    (rows, cols), group = values.shape, GROUPS[kind]
+    codes = np.empty((rows, cols), np.int8)
+    scale = np.empty((rows, -(-cols // group)), np.float16)
     minimum = np.empty_like(scale)
+    whole = cols // group * group
     for start in range(0, rows, CHUNK_ROWS):
         part = slice(start, start + CHUNK_ROWS)
-        codes[part], scale[part], minimum[part] = fit(values[part].reshape(-1, cols // GROUP, GROUP))
-    return QuantTensor(kind, codes=codes.reshape(rows, cols), scale=scale,
-                       minimum=minimum if kind == "q4_1" else None)
+        for columns, size in ((slice(0, whole), group), (slice(whole, cols), cols - whole)):  # the last may be shorter
+            if not size or not values[part, columns].size:
+                continue
+            groups = slice(columns.start // group, -(-columns.stop // group))
+            found, scale[part, groups], minimum[part, groups] = fit(
+                values[part, columns].reshape(len(values[part]), -1, size))
+            codes[part, columns] = found.reshape(len(found), -1)
+    return QuantTensor(kind, codes=codes, scale=scale, minimum=minimum if BASE[kind] == "q4_1" else None)
+
+
+def requantised(model: Model, kind: str) -> Model:
+    """A model with the linear weights of its layers quantised again to a kind, from the values that they have.
+
+    It has an identity of its own. Raises ModelError, one line, for an unknown kind.
+    """
+    tensors = dict(model.tensors)
+    for layer in range(model.config.layers):
+        for part in LAYER_TENSORS:
+            name = tensor_name(layer, part)
+            if not part.endswith("norm") and tensors[name].kind != kind:
+                tensors[name] = quantise(tensors[name].dequantise(), kind)
+    return replace(model, tensors=tensors, identity=hashlib.sha256(f"{kind} {model.identity}".encode()).hexdigest())
 
 
 def _encode(groups: np.ndarray, scale: np.ndarray, minimum: np.ndarray, low: int, high: int) -> np.ndarray:
-    """Codes (float32, whole) nearest to ``groups`` [..., 32] for the given scale and minimum [...]."""
+    """Codes (float32, whole) nearest to ``groups`` [..., group] for the given scale and minimum [...]."""
     step = np.where(scale != 0, scale, 1)[..., None]
     return np.clip(np.rint((groups - minimum[..., None]) / step), low, high)
 

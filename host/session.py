@@ -36,22 +36,27 @@ DEFAULT_CONFIG = "sim"
 REFERENCE = "reference"  # not a device: it runs models, not programs
 
 
-def open_source(spec: str, lora: str | None = None) -> Model | Compiled:
+def open_source(spec: str, lora: str | None = None, weights: str | None = None) -> Model | Compiled:
     """What MODEL names: a bundle as Compiled, anything else as Model. Raises ModelError or BundleError.
 
     lora : SkipGPT checkpoint whose deltas are added to the weights of a Model (`merge_skipgpt_lora`)
+    weights : kind of the linear weights of a Model, see `load_model`
     """
     try:
         with open(spec, "rb") as file:
             is_bundle = file.read(len(MAGIC)) == MAGIC
     except OSError:  # a folder, a name, or nothing: `load_model` says what
         is_bundle = False
-    if lora is None:
-        return load_bundle(spec) if is_bundle else load_model(spec)
     if is_bundle:
-        raise BundleError("a bundle is made with its weights; give --lora to compile")
+        for option, value in (("--lora", lora), ("--weights", weights)):
+            if value is not None:
+                raise BundleError(f"a bundle is made with its weights; give {option} to compile")
+        return load_bundle(spec)
+    model = load_model(spec, weights)
+    if lora is None:
+        return model
     from .skipgpt_import import merge_skipgpt_lora
-    return merge_skipgpt_lora(lora, load_model(spec))
+    return merge_skipgpt_lora(lora, model)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -128,16 +128,21 @@ class OverlayConfig:
         text = json.dumps(sizes, sort_keys=True)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
-    def scale_chunk(self, minimum):
-        """(superbeats, scale groups) of one scale chunk of the weight stream.
+    def scale_tiles(self, group):
+        """Consecutive tiles of a column tile that one set of scales serves if 2^group blocks share a scale."""
+        return max((1 << group) // self.blocks, 1)
 
-        A scale group is what one tile needs: columns x blocks FP16 scales, followed by as many minima when
-        ``minimum``. A chunk holds as many whole groups as fit one superbeat, or one group over several.
+    def scale_chunk(self, minimum, group=0):
+        """(superbeats, scale sets) of one scale chunk of the weight stream.
+
+        A scale set is what one tile needs: FP16 scales of every column, one for each 2^group blocks but at least one,
+        followed by as many minima when ``minimum``. A chunk holds as many whole sets as fit one superbeat, or one set
+        over several.
         """
-        group_bytes = self.columns * self.blocks * 2 * (2 if minimum else 1)
-        if group_bytes <= self.superbeat_bytes:
-            return 1, self.superbeat_bytes // group_bytes
-        return group_bytes // self.superbeat_bytes, 1
+        set_bytes = self.columns * max(self.blocks >> group, 1) * 2 * (2 if minimum else 1)
+        if set_bytes <= self.superbeat_bytes:
+            return 1, self.superbeat_bytes // set_bytes
+        return set_bytes // self.superbeat_bytes, 1
 
 
 PRESETS = {

@@ -26,7 +26,7 @@ __all__ = [
     "RowScale", "Unit", "WORD_BITS", "assemble", "decode", "disassemble", "encode", "markdown",
 ]
 
-ISA_VERSION = 3
+ISA_VERSION = 4
 WORD_BITS = 256
 REGISTERS = 16
 MAX_LAYERS = 64  #: layers that route tables distinguish, and the pointers of KV records at most
@@ -284,7 +284,8 @@ INSTRUCTIONS = (
                         Field("k_tiles", 12, "count of loop k"), Field("row_stride", 14, "MBUF rows per t"),
                         Field("group_stride", 14, "MBUF rows per g"), Field("head_stride", 14, "MBUF rows per h"),
                         Field("scale_exponent", 7, "largest exponent field among the scales (weights)", signed=True),
-                        Field("beats", 16, "vector beats delivered per row, over all n")], BODY)),
+                        Field("beats", 16, "vector beats delivered per row, over all n"),
+                        Field("group", 3, "log2 of the blocks that share a scale (weights)")], BODY)),
 
     Instruction("dropw", 0x21, Unit.COMPUTE, "Take superbeats from the weight stream and forget them.",
                 "for i < count: weight_stream -> nothing", {}, _place([Field("count", 24, "superbeats")], BODY)),

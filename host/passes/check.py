@@ -223,7 +223,8 @@ def _compute(state: _State, mnemonic: str, f: dict[str, int],
         state.require(waiting == [mode.name], f"{mode.name} but the KV tiles wait for {waiting}")
         _, tile = state.tiles.pop(0)
     else:
-        weights = state.take_weights(f["heads"] * weight_superbeats(config, mode, f["n_tiles"], f["k_tiles"]))
+        weights = state.take_weights(weight_superbeats(config, mode, f["heads"] * f["n_tiles"], f["k_tiles"],
+                                                       f["group"]))
     accumulators = f["groups"] * len(rows)
     state.require(accumulators <= config.acc_rows, f"{accumulators} accumulator rows of {config.acc_rows}")
     per_tile = config.columns // config.vector_lanes

@@ -1,7 +1,7 @@
-"""Lower linear layers to what the array multiplies: padded codes with one scale per block.
+"""Lower linear layers to what the array multiplies: padded codes with one scale for as many blocks as share it.
 
-Requires tensors of `Model`; guarantees mode, shapes and block scales that `layout.pack_weights` takes. Values change
-only where a note says so: float tensors become q8_0, and a tensor whose groups of 32 straddle a padded head is
+Requires tensors of `Model`; guarantees mode, shapes and scales that `layout.pack_weights` takes. Values change
+only where a note says so: float tensors become q8_0, and a tensor with a block in two groups, behind padded heads, is
 requantised to q8_0.
 """
 
@@ -11,16 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 from skipopu.hw.config import OverlayConfig
-from skipopu.hw.isa import MatmulMode
+from skipopu.hw.isa import INSTRUCTIONS, MatmulMode
 
 from ..layout import interleave_gate_up, pad_to
-from ..model import GROUP, QuantTensor
+from ..model import BASE, GROUP, QuantTensor
 from ..quantise import quantise
 
-__all__ = ["Linear", "Padding", "interleave", "lower_linear", "same_kind"]
+__all__ = ["Linear", "Padding", "interleave", "lower_linear", "mode_of", "pair_kind", "same_kind", "shared_blocks"]
 
 FLOAT16_MAX = 65504
-MODES = {"q8_0": MatmulMode.W8, "q4_0": MatmulMode.W4, "q4_1": MatmulMode.W4M}
+_MODES = {"q8_0": MatmulMode.W8, "q4_0": MatmulMode.W4, "q4_1": MatmulMode.W4M}
+_MOST_SHARED = next(item for item in INSTRUCTIONS if item.mnemonic == "matmul").fields["group"].maximum
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,13 @@ class Padding:
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """One matmul's weights: codes int8 [rows, cols], scale and minimum float16 [rows, cols / block]."""
+    """One matmul's weights: codes int8 [rows, cols], scale and minimum float16 [rows, cols / block / 2^group]."""
 
     mode: MatmulMode
     codes: np.ndarray
     scale: np.ndarray
     minimum: np.ndarray | None = None
+    group: int = 0
 
 
 def _take(array: np.ndarray, index: np.ndarray, axis: int) -> np.ndarray:
@@ -61,25 +63,35 @@ def _take(array: np.ndarray, index: np.ndarray, axis: int) -> np.ndarray:
     return taken
 
 
-def block_groups(padding: Padding, block: int) -> np.ndarray | None:
-    """The group of 32 source features each block of padded features takes its scale from, -1 for an all-zero block.
+def mode_of(kind: str) -> MatmulMode:
+    """What multiplies weights of a kind; floats become q8_0."""
+    return _MODES[BASE.get(kind, "q8_0")]
 
-    None if some block would need the scales of two groups.
+
+def shared_blocks(padding: Padding, block: int, group: int) -> tuple[int, np.ndarray] | None:
+    """How many blocks of padded features share a scale, as log2, and the source's group that each such run takes it
+    from, -1 for an all-zero run.
+
+    group : source features that share a scale. None if some block would need the scales of two groups.
     """
-    index = padding.index().reshape(-1, block)
-    group = np.where(index < 0, -1, index // GROUP)
-    first = group.max(axis=1)
-    return first if ((group == first[:, None]) | (group < 0)).all() else None
+    index = padding.index()
+    index = np.where(index < 0, -1, index // group)
+    for share in range(min(max(group // block, 1).bit_length() - 1, _MOST_SHARED), -1, -1):
+        runs = np.pad(index, (0, -len(index) % (block << share)), constant_values=-1).reshape(-1, block << share)
+        first = runs.max(axis=1)
+        if ((runs == first[:, None]) | (runs < 0)).all():
+            return share, first
+    return None
 
 
 def lower_linear(config: OverlayConfig, name: str, tensor: QuantTensor, rows: Padding, cols: Padding,
                  notes: list[str]) -> Linear:
-    """Pad a linear tensor and give each block its scale; appends to ``notes`` what was requantised.
+    """Pad a linear tensor and give blocks their scales; appends to ``notes`` what was requantised.
 
     rows, cols : how output and input features are padded; ``cols`` to whole lanes
     """
-    groups = block_groups(cols, config.block)
-    if tensor.codes is None or groups is None:
+    shared = None if tensor.codes is None else shared_blocks(cols, config.block, tensor.group)
+    if shared is None:
         reason = "is " + tensor.kind if tensor.codes is None else f"({tensor.kind}) has groups across padded heads"
         notes.append(f"{name} {reason}: quantised to q8_0")
         values = _take(_take(tensor.dequantise(), cols.index(), 1), rows.index(), 0)
@@ -87,13 +99,22 @@ def lower_linear(config: OverlayConfig, name: str, tensor: QuantTensor, rows: Pa
         values = np.pad(values, ((0, 0), (0, pad_to(width, GROUP) - width)))
         tensor = quantise(values, "q8_0")
         assert tensor.codes is not None and tensor.scale is not None
-        scale = np.repeat(tensor.scale, GROUP // config.block, axis=1)[:, : width // config.block]
-        return Linear(MatmulMode.W8, tensor.codes[:, :width], scale)
+        return Linear(MatmulMode.W8, tensor.codes[:, :width], tensor.scale,
+                      group=(GROUP // config.block).bit_length() - 1)
+    group, runs = shared
     parts = [tensor.codes, tensor.scale, tensor.minimum]
-    indices = [cols.index(), groups, groups]
+    indices = [cols.index(), runs, runs]
     lowered = [part if part is None else _take(_take(part, index, 1), rows.index(), 0)
                for part, index in zip(parts, indices)]
-    return Linear(MODES[tensor.kind], *lowered)  # type: ignore[arg-type]
+    return Linear(mode_of(tensor.kind), *lowered, group=group)  # type: ignore[arg-type]
+
+
+def pair_kind(first: str, second: str) -> str:
+    """The kind that two tensors get which share a matmul (see `same_kind`), unless a large scale asks for q8_0."""
+    bases = {BASE[first], BASE[second]}
+    if first == second:
+        return first
+    return bases.pop() if len(bases) == 1 else "q4_1" if bases == {"q4_0", "q4_1"} else "q8_0"
 
 
 def same_kind(first: QuantTensor, second: QuantTensor, name: str, notes: list[str]) -> list[QuantTensor]:
@@ -101,6 +122,9 @@ def same_kind(first: QuantTensor, second: QuantTensor, name: str, notes: list[st
 
     Float tensors stay as they are, since `lower_linear` makes them q8_0.
     """
+    if first.kind == second.kind:
+        return [first, second]
+    first, second = first.narrowed(), second.narrowed()
     kinds = {first.kind, second.kind}
     if len(kinds) == 1:
         return [first, second]
@@ -132,9 +156,9 @@ def _as_q4_1(tensor: QuantTensor) -> QuantTensor:
 
 
 def interleave(config: OverlayConfig, gate: Linear, up: Linear) -> Linear:
-    """One matmul of gate and up, in alternate vector beats. Both have the same mode and shape."""
+    """One matmul of gate and up, in alternate vector beats. Both have the same mode, group and shape."""
     minimum = None
     if gate.minimum is not None and up.minimum is not None:
         minimum = interleave_gate_up(config, gate.minimum, up.minimum)
     return Linear(gate.mode, interleave_gate_up(config, gate.codes, up.codes),
-                  interleave_gate_up(config, gate.scale, up.scale), minimum)
+                  interleave_gate_up(config, gate.scale, up.scale), minimum, gate.group)

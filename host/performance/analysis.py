@@ -178,8 +178,8 @@ def roofline(config: OverlayConfig, recordings: Sequence[Recording]) -> list[Poi
 def _bytes(config: OverlayConfig, mode: MatmulMode, fields: dict[str, int]) -> int:
     """Bytes of memory behind the tiles of a matmul; a tile of keys or values is FP16 there."""
     if mode in _WEIGHTS:
-        beats = weight_superbeats(config, mode, fields["n_tiles"], fields["k_tiles"])
-        return fields["heads"] * beats * config.superbeat_bytes
+        beats = weight_superbeats(config, mode, fields["heads"] * fields["n_tiles"], fields["k_tiles"], fields["group"])
+        return beats * config.superbeat_bytes
     return fields["heads"] * fields["n_tiles"] * fields["k_tiles"] * config.lanes * config.columns * 2
 
 

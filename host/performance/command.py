@@ -91,7 +91,8 @@ def fit(model: Annotated[str | None, typer.Option("-m", "--model", help="GGUF fi
         skip: Annotated[float, typer.Option("--skip", help="Share of the modules that tokens skip, 0..1.")] = 0.0,
         kv: Annotated[str | None, typer.Option("--kv", help="Keys and values of tokens that skip attention: reuse or "
                                                             "dense.")] = None,
-        weights: Annotated[str, typer.Option("--weights", help="Kind of weights for --geometry: q4_0, q4_1 or q8_0.")]
+        weights: Annotated[str, typer.Option("--weights", help="Kind of weights for --geometry: q4_0, q4_g64, q4_g128, "
+                                                               "with minima q4_1, q4m_g64, q4m_g128, or q8_0.")]
         = "q4_0",
         memory: Annotated[str, typer.Option("--memory", help="Model of the memory: hbm (timed) or ideal.")] = "hbm",
         seed: Annotated[int, typer.Option("--seed", min=0, help="Of the modules that are skipped.")] = 1,
@@ -140,6 +141,7 @@ def explore(output: Annotated[str, typer.Option("-o", "--output", help="Folder f
             skip: Annotated[str, typer.Option("--skip", help="Shares of skipped modules, with commas.")] = "0,0.25",
             prompt: Annotated[int, typer.Option("--prompt", help="Tokens of the prompt.")] = 128,
             count: Annotated[int, typer.Option("-n", "--tokens", help="Tokens generated behind it.")] = 1024,
+            weights: Annotated[str, typer.Option("--weights", help="Kind of weights, as of `skipopu fit`.")] = "q4_0",
             memory: Annotated[str, typer.Option("--memory", help="Model of the memory: hbm (timed) or ideal.")] = "hbm",
             jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes.")] = 1,
             ray: Annotated[str | None, typer.Option("--ray", metavar="local|ADDRESS", help="Evaluate on a Ray cluster "
@@ -153,7 +155,8 @@ def explore(output: Annotated[str, typer.Option("-o", "--output", help="Folder f
     from .explore import explore as run
     axes = dict(_axis(text) for text in sweep or ("lanes=32,64", "columns=64,128", "ports=16,32"))
     chosen = Sweep(base=preset(config), axes=axes, geometries=tuple(geometry.split(",")),
-                   skips=tuple(_numbers("--skip", skip, float)), prompt=prompt, count=count, memory=memory)
+                   skips=tuple(_numbers("--skip", skip, float)), prompt=prompt, count=count, weights=weights,
+                   memory=memory)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     with progress("exploring", len(list(chosen.points()))) as update:

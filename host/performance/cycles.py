@@ -381,12 +381,12 @@ class _Machine:
         vectors = config.columns // config.vector_lanes
         ready = begin + 1
         if weights:
-            chunk, per_chunk = config.scale_chunk(mode == MatmulMode.W4M)
-            tile = config.tile_beats
+            chunk, per_chunk = config.scale_chunk(mode == MatmulMode.W4M, f["group"])
+            share, tile = config.scale_tiles(f["group"]), config.tile_beats
         else:
             tile = config.lanes * config.columns // (config.kv_step * config.beat_elements)
             ready = self._kv_ready(mode, begin)
-        number, end, ahead = 0, begin, int(cycles.shadow)  # number: of a tile in the stream; end: its last row
+        number, end, ahead = 0, begin, int(cycles.shadow)  # number: of a set of scales in the stream; end: last row
         found.array_rows += f["heads"] * f["n_tiles"] * inner * rows
         found.tile_cycles += f["heads"] * f["n_tiles"] * inner * max(tile + (0 if ahead else rows - 1), rows)
         for _ in range(f["heads"]):
@@ -400,21 +400,23 @@ class _Machine:
                 elif rows == 1:
                     first_beats = tile + (0 if number % per_chunk else chunk)
                     first = max(self._take_weights(first_beats, ready) + ahead, bank)
-                    chunks = -(-(number + f["k_tiles"]) // per_chunk) - (number // per_chunk + 1)
+                    sets = ceil_div(f["k_tiles"], share)
+                    chunks = ceil_div(number + sets, per_chunk) - (number // per_chunk + 1)
                     rest = (inner - 1) * tile + chunks * chunk
                     end = self._take_weights(rest, first + 1 - ahead) + ahead if rest else first
                     ready = end + 1 - ahead
-                    number += f["k_tiles"]
+                    number += sets
                 else:
                     for k in range(f["k_tiles"]):
                         for plane in range(planes):
-                            beats = tile + (chunk if not plane and not number % per_chunk else 0)
+                            begins = not (plane or k % share or number % per_chunk)
+                            beats = tile + chunk * begins
                             first = max(self._take_weights(beats, ready) + ahead, end + 1)
                             if not k and not plane:
                                 first = max(first, bank)
                             end = first + rows - 1
                             ready = first if ahead else end + 1
-                        number += 1
+                        number += not k % share
                 beats = min(vectors, left) * rows
                 left -= min(vectors, left)
                 if not beats:

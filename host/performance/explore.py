@@ -20,6 +20,7 @@ from skipopu.hw.config import ConfigError, OverlayConfig
 from ..errors import CompileError, RequestError
 from .fit import Workload, fit
 from .geometries import find_geometry
+from .outline import check_kind
 from .resources import estimate_resources
 
 __all__ = ["AXES", "ExploreError", "Point", "Sweep", "VERSION", "draw", "evaluate", "explore", "pareto", "table"]
@@ -61,6 +62,7 @@ class Sweep:
     prompt: int = 128
     count: int = 1024
     kv: str = "reuse"
+    weights: str = "q4_0"
     memory: str = "hbm"
 
     def __post_init__(self) -> None:
@@ -69,6 +71,7 @@ class Sweep:
                 raise RequestError(f"{name} cannot be swept; known: {', '.join(AXES)}")
         for name in self.geometries:
             find_geometry(name)
+        check_kind(self.weights)
 
     def points(self) -> Iterator[Point]:
         names = list(self.axes)
@@ -80,7 +83,7 @@ class Sweep:
     def settings(self) -> dict[str, Any]:
         """What all points have in common: those of a file with other ones do not compare."""
         return {"base": asdict(self.base), "prompt": self.prompt, "count": self.count, "kv": self.kv,
-                "memory": self.memory}
+                "weights": self.weights, "memory": self.memory}
 
 
 def evaluate(sweep: Sweep, point: Point) -> dict[str, Any]:
@@ -92,7 +95,7 @@ def evaluate(sweep: Sweep, point: Point) -> dict[str, Any]:
         return found | {"refused": str(error)}
     found |= {"resources": estimate_resources(config)}
     workload = Workload(prompt=sweep.prompt, count=sweep.count, skip=point.skip, kv=sweep.kv if point.skip else "",
-                        memory=sweep.memory)
+                        kind=sweep.weights, memory=sweep.memory)
     try:
         fitted = fit(find_geometry(point.geometry), config, workload, samples=1)
     except CompileError as error:

@@ -13,6 +13,7 @@ from skipopu.hw.config import OverlayConfig
 from ..errors import CapacityError, RequestError
 from ..model import Model, ModelConfig
 from ..passes.walk import Arguments
+from ..passes.weights import pair_kind
 from ..plan import shortages
 from ..routes import RandomRoutes, words_of_routes
 from .cycles import Predicted, predict
@@ -90,8 +91,7 @@ def kinds_of(model: Model) -> Kind:
             return _kind_of(model, "embedding" if model.config.tied_head else "head")
         if not name.endswith("gate_up"):
             return _kind_of(model, name)
-        pair = {_kind_of(model, name.replace("gate_up", part)) for part in ("gate", "up")}
-        return pair.pop() if len(pair) == 1 else "q4_1" if pair == {"q4_0", "q4_1"} else "q8_0"
+        return pair_kind(*(_kind_of(model, name.replace("gate_up", part)) for part in ("gate", "up")))
     return kind
 
 

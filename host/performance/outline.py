@@ -6,18 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from skipopu.hw.config import OverlayConfig
-from skipopu.hw.isa import MatmulMode
 
 from ..compiler import emit_program
 from ..errors import RequestError
 from ..image import WeightStream
 from ..layout import MemoryMap, ceil_div, row_superbeats, weight_superbeats
-from ..model import ModelConfig
-from ..passes.weights import MODES, Padding, block_groups
+from ..model import GROUPS, ModelConfig
+from ..passes.weights import Padding, mode_of, shared_blocks
 from ..plan import Plan, make_plan
 from ..program import WORD_BYTES, Program
 
-__all__ = ["Outline", "outline"]
+__all__ = ["Outline", "check_kind", "outline"]
 
 Kind = Callable[[str], str]  #: name of a matmul -> kind of its weights
 
@@ -71,30 +70,39 @@ class _Placement:
         return row_superbeats(self.plan.config, width)
 
     def _linear(self, name: str, rows: int, cols: int) -> None:
-        config, mode = self.plan.config, MODES[self.kind(name)]
-        model = self.plan.model
-        if name.endswith(".o") and block_groups(Padding(model.heads, model.head_dim, self.plan.head_dim),
-                                                config.block) is None:
-            mode = MatmulMode.W8  # `passes.weights.lower_linear` requantises
-        count = weight_superbeats(config, mode, ceil_div(rows, config.columns), cols // config.lanes)
-        self.weights[name] = WeightStream(self.memory.add(name, count), count, mode, 1)
+        plan, kind = self.plan, self.kind(name)
+        config, model = plan.config, plan.model
+        inner = (Padding(model.heads, model.head_dim, plan.head_dim) if name.endswith(".o") else
+                 Padding(1, model.mlp, plan.mlp) if name.endswith(".down") else Padding(1, model.hidden, plan.hidden))
+        if (shared := shared_blocks(inner, config.block, GROUPS[kind])) is None:
+            kind, shared = "q8_0", shared_blocks(Padding(1, cols, cols), config.block, GROUPS["q8_0"])
+        assert shared is not None  # of the second, which is what `passes.weights.lower_linear` requantises to
+        mode, group = mode_of(kind), shared[0]
+        count = weight_superbeats(config, mode, ceil_div(rows, config.columns), cols // config.lanes, group)
+        self.weights[name] = WeightStream(self.memory.add(name, count), count, mode, 1, group)
 
     def address(self, name: str) -> int:
         return self.memory.regions[name][0]
+
+
+def check_kind(kind: str) -> None:
+    """Raises RequestError for a kind of weights that no matmul takes."""
+    if kind not in GROUPS:
+        raise RequestError(f"weights must be {', '.join(GROUPS)}, not {kind!r}")
 
 
 def outline(model: ModelConfig, config: OverlayConfig, context: int | None = None, *, kv: str = "",
             kind: str | Kind = "q4_0", fused: bool = True) -> Outline:
     """The program that `compile_model` would write for a model of this shape.
 
-    kv : "reuse" or "dense" for a program with routers, "" without; kind : of the weights (q4_0, q4_1, q8_0), also by
+    kv : "reuse" or "dense" for a program with routers, "" without; kind : of the weights (`model.GROUPS`), also by
         name of a matmul (``layers.0.gate_up``, ``head``)
     Raises CapacityError, CompileError as the compiler does, RequestError for an unknown kind or KV mode.
     """
     if kv not in ("", "reuse", "dense"):
         raise RequestError(f"kv must be reuse or dense, not {kv!r}")
-    if isinstance(kind, str) and kind not in MODES:
-        raise RequestError(f"weights must be {', '.join(MODES)}, not {kind!r}")
+    if isinstance(kind, str):
+        check_kind(kind)
     plan = make_plan(config, model, context, kv)
     placement = _Placement(plan, kind if callable(kind) else lambda name: kind)
     program = emit_program(plan, placement, [[0, 0]] * model.layers if kv else None, fused)

@@ -42,7 +42,7 @@ class TileFeed(wiring.Component):
 
     Members
     -------
-    mode, scale_exponent : of the running MATMUL
+    mode, k_tiles, group, scale_exponent : of the running MATMUL
     reset : the next superbeat starts a weight stream (a scale chunk)
     allow : the next tile may be written
     arrived : the last superbeat of a tile is written at this clock edge
@@ -57,7 +57,8 @@ class TileFeed(wiring.Component):
         super().__init__({
             "weights": In(stream.Signature(8 * config.superbeat_bytes)),
             "kv": In(stream.Signature(KvTile(config))),
-            "enable": In(1), "reset": In(1), "mode": In(MatmulMode), "scale_exponent": In(signed(7)),
+            "enable": In(1), "reset": In(1), "mode": In(MatmulMode), "k_tiles": In(12), "group": In(3),
+            "scale_exponent": In(signed(7)),
             "allow": In(1), "arrived": Out(1), "swap": In(1), "use_first": In(1),
             "load_codes": Out(codes), "load_keys": Out(keys), "load_values": Out(values),
             "scale": Out(Scale()).array(config.columns, config.blocks),
@@ -74,15 +75,32 @@ class TileFeed(wiring.Component):
             is_w8.eq(self.mode == MatmulMode.W8), with_minimum.eq(self.mode == MatmulMode.W4M),
         ]
 
-        # Where in the stream: scale chunk or codes, which beat, which group of the chunk, which plane.
-        beat = Signal(range(max(*tile_beats(config), *(config.scale_chunk(x)[0] for x in (False, True))) + 1))
+        # Chunks differ with minima, and with the group until a tile has one scale for each column. Their lines hold a
+        # scale or a minimum of every column.
+        whole = blocks.bit_length() - 1
+        chunks = {(minimum, group): config.scale_chunk(minimum, group) for minimum in (False, True)
+                  for group in range(1 << len(self.group))}
+        most_beats, most_sets = (max(sizes) for sizes in zip(*chunks.values()))
+        lines = most_beats * config.superbeat_bytes // (2 * columns)
+        chunk_beats, chunk_sets = Signal(range(most_beats + 1)), Signal(range(most_sets + 1))
+        tile_set = Signal(range(most_sets))
+        scale_line, minimum_line = ([Signal(range(lines), name=f"{name}_line{b}") for b in range(blocks)]
+                                    for name in ("scale", "minimum"))
+        with m.Switch(Cat(with_minimum, self.group)):
+            for (minimum, group), (beats, sets) in chunks.items():
+                with m.Case(group << 1 | minimum):
+                    m.d.comb += [chunk_beats.eq(beats), chunk_sets.eq(sets)]
+                    of_tile = max(blocks >> group, 1)
+                    for b in range(blocks):
+                        first = tile_set * (of_tile * (2 if minimum else 1)) + (b >> group)
+                        m.d.comb += [scale_line[b].eq(first), minimum_line[b].eq(first + of_tile)]
+
+        # Where in the stream: scale chunk or codes, which beat, which set of the chunk, which tile, which plane.
+        beat = Signal(range(max(*tile_beats(config), most_beats) + 1))
         in_chunk, plane = Signal(init=1), Signal()
-        most_groups = max(config.scale_chunk(x)[1] for x in (False, True))
-        group = Signal(range(most_groups + 1))
-        next_group, tile_group, next_plane, tile_plane = (  # of the next tile, and of the one in use
-            Signal(range(most_groups)), Signal(range(most_groups)), Signal(), Signal())
-        chunk_beats = Mux(with_minimum, config.scale_chunk(True)[0], config.scale_chunk(False)[0])
-        chunk_groups = Mux(with_minimum, config.scale_chunk(True)[1], config.scale_chunk(False)[1])
+        set_, k, set_ends = Signal(range(most_sets + 1)), Signal.like(self.k_tiles), Signal()
+        next_set, next_plane, tile_plane = Signal.like(tile_set), Signal(), Signal()  # of the tile to come, in use
+        m.d.comb += set_ends.eq((k == self.k_tiles - 1) | ((~k & (((1 << self.group) - 1) >> whole)) == 0))
 
         take = Signal()
         m.d.comb += [
@@ -96,10 +114,9 @@ class TileFeed(wiring.Component):
             self.arrived.eq((codes_take & (beat == config.tile_beats - 1))
                             | (self.kv.ready & self.kv.valid & self.kv.payload.last)),
         ]
-        chunk_depth = max(config.scale_chunk(x)[0] for x in (False, True))
-        chunk = [Signal(8 * config.superbeat_bytes, name=f"chunk{i}", reset_less=True) for i in range(chunk_depth)]
+        chunk = [Signal(8 * config.superbeat_bytes, name=f"chunk{i}", reset_less=True) for i in range(most_beats)]
         # A chunk that follows the swap to a tile at once comes a cycle too early for the scales of that tile.
-        early, early_at = Signal(8 * config.superbeat_bytes, reset_less=True), Signal(chunk_depth)
+        early, early_at = Signal(8 * config.superbeat_bytes, reset_less=True), Signal(most_beats)
         m.d.sync += early_at.eq((take & in_chunk) << beat)
         with m.If(take & in_chunk):
             m.d.sync += early.eq(self.weights.payload)
@@ -107,21 +124,21 @@ class TileFeed(wiring.Component):
             with m.If(arrives):
                 m.d.sync += part.eq(early)
         with m.If(self.swap):
-            m.d.sync += [tile_group.eq(next_group), tile_plane.eq(next_plane)]
+            m.d.sync += [tile_set.eq(next_set), tile_plane.eq(next_plane)]
         with m.If(self.reset):
-            m.d.sync += [in_chunk.eq(1), beat.eq(0), plane.eq(0)]
+            m.d.sync += [in_chunk.eq(1), beat.eq(0), plane.eq(0), k.eq(0)]
         with m.Elif(take & in_chunk):
             m.d.sync += beat.eq(beat + 1)
             with m.If(beat == chunk_beats - 1):
-                m.d.sync += [beat.eq(0), in_chunk.eq(0), group.eq(0)]
+                m.d.sync += [beat.eq(0), in_chunk.eq(0), set_.eq(0)]
         with m.Elif(take):
             m.d.sync += beat.eq(beat + 1)
             with m.If(self.arrived):
-                m.d.sync += [beat.eq(0), next_group.eq(group), next_plane.eq(plane), plane.eq(is_w8 & ~plane)]
+                m.d.sync += [beat.eq(0), next_set.eq(set_), next_plane.eq(plane), plane.eq(is_w8 & ~plane)]
                 with m.If(~is_w8 | plane):
-                    m.d.sync += group.eq(group + 1)
-                    with m.If(group == chunk_groups - 1):
-                        m.d.sync += in_chunk.eq(1)
+                    m.d.sync += k.eq(Mux(k == self.k_tiles - 1, 0, k + 1))
+                    with m.If(set_ends):
+                        m.d.sync += [set_.eq(set_ + 1), in_chunk.eq(set_ == chunk_sets - 1)]
         with m.Elif(self.kv.ready & self.kv.valid):
             m.d.sync += beat.eq(Mux(self.kv.payload.last, 0, beat + 1))
 
@@ -133,26 +150,15 @@ class TileFeed(wiring.Component):
             m.d.comb += load.eq(Cat(take_it & (beat == j) for j in range(len(load))))
 
         # Scales of the tile in use.
-        flat = Cat(*chunk)
         half_bits = 16
-        for n in range(columns):
-            for b in range(blocks):
-                def entry(index, minimum):
-                    beats, groups = config.scale_chunk(minimum)
-                    size = columns * blocks * (2 if minimum else 1)
-                    words = [flat[half_bits * (g * size + index):half_bits * (g * size + index + 1)]
-                             for g in range(groups)]
-                    return words[0] if groups == 1 else Array(words)[tile_group]
-
-                index = b * columns + n
-                bits = Signal(16, name=f"scale_bits{n}_{b}")
-                minimum_bits = Signal(16, name=f"minimum_bits{n}_{b}")
-                m.d.comb += [
-                    bits.eq(Mux(with_minimum, entry(index, True), entry(index, False))),
-                    minimum_bits.eq(entry(columns * blocks + index, True)),
-                ]
-                sig, es = half_parts(bits)
-                sig_minimum, es_minimum = half_parts(minimum_bits)
+        flat, size = Cat(*chunk), half_bits * columns
+        of_chunk = Array(flat[at:at + size] for at in range(0, lines * size, size))
+        scales, minima = ([Signal(size, name=f"{name}{b}") for b in range(blocks)] for name in ("scales", "minima"))
+        for b in range(blocks):
+            m.d.comb += [scales[b].eq(of_chunk[scale_line[b]]), minima[b].eq(of_chunk[minimum_line[b]])]
+            for n in range(columns):
+                sig, es = half_parts(scales[b].word_select(n, half_bits))
+                sig_minimum, es_minimum = half_parts(minima[b].word_select(n, half_bits))
                 high_plane = is_w8 & ~tile_plane
                 with m.If(self.use_first):
                     m.d.sync += [
@@ -262,7 +268,8 @@ class ComputeUnit(wiring.Component):
         m.d.sync += full.eq(feed.arrived | (full & ~swap))
         m.d.comb += [
             feed.enable.eq(running & ~fed), feed.allow.eq(~full | (swap & ~last_tile)), feed.swap.eq(swap),
-            array.swap.eq(swap), feed.mode.eq(mode), feed.scale_exponent.eq(f.scale_exponent),
+            array.swap.eq(swap), feed.mode.eq(mode), feed.k_tiles.eq(f.k_tiles), feed.group.eq(f.group),
+            feed.scale_exponent.eq(f.scale_exponent),
         ]
         with m.If(swap & last_tile):
             m.d.sync += fed.eq(1)

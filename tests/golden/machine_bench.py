@@ -63,9 +63,9 @@ class Bench:
         return (m.mbuf[row : row + count] * unit).ravel(), unit.ravel()
 
 
-def random_weights(rng, mode, rows, cols, spread=0.5, config=CONFIG):
+def random_weights(rng, mode, rows, cols, spread=0.5, config=CONFIG, group=0):
     codes = rng.integers(*CODES[mode], (rows, cols)).astype(np.int8)
-    shape = rows, cols // config.block
+    shape = rows, -(-cols // config.block >> group)
     scale = (rng.choice([-1, 1], shape) * np.exp2(rng.uniform(-spread, spread, shape) - 6)).astype(np.float16)
     minimum = rng.normal(0, 0.1, shape).astype(np.float16) if mode == MatmulMode.W4M else None
     return codes, scale, minimum
@@ -75,12 +75,13 @@ def weight_words(bench, mode, weights, at=WEIGHTS, x=0, **fields):
     """LOADW and MATMUL of weights [rows, cols] that are put at superbeat ``at``."""
     config = bench.config
     rows, cols = weights[0].shape
-    bench.write(at, pack_weights(config, mode, *weights))
+    group = fields.get("group", 0)
+    bench.write(at, pack_weights(config, mode, *weights, group=group))
     bench.machine.invalidate()
     n, k = -(-rows // config.columns), cols // config.lanes
     fields = {"heads": 1, "groups": 1, "rows": 1, "row_stride": k, "beats": rows // config.vector_lanes,
               "scale_exponent": scale_exponent(mode, *weights[1:])} | fields
-    return (encode("loadw", imm=at, count=weight_superbeats(config, mode, n, k)),
+    return (encode("loadw", imm=at, count=weight_superbeats(config, mode, n, k, group)),
             encode("matmul", x=x, mode=mode, n_tiles=n, k_tiles=k, **fields))
 
 

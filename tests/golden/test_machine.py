@@ -33,7 +33,7 @@ from skipopu.hw.isa import Condition, MatmulMode, encode
 from skipopu.hw.registers import FaultCause
 
 
-def matmul_by_text(bench, mode, codes, scale, minimum, row, exponent):
+def matmul_by_text(bench, mode, codes, scale, minimum, row, exponent, group=0):
     """One row of a weight matmul in whole numbers: float32 [rows of codes]."""
     config, machine = bench.config, bench.machine
     k = codes.shape[1] // config.lanes
@@ -45,7 +45,7 @@ def matmul_by_text(bench, mode, codes, scale, minimum, row, exponent):
         for b, eb in enumerate(e):
             part, q = m[b * block : (b + 1) * block], codes[n, b * block : (b + 1) * block].tolist()
             total = sum(part)
-            sig, es = significand(scale[n, b])
+            sig, es = significand(scale[n, b >> group])
             shift = emax - eb + exponent - es
             if mode == MatmulMode.W8:
                 high = sum(x * (y >> 4) for x, y in zip(part, q))
@@ -56,7 +56,7 @@ def matmul_by_text(bench, mode, codes, scale, minimum, row, exponent):
             dot = sum(x * (y - offset) for x, y in zip(part, q)) + offset * total
             acc += dot * sig >> min(shift, 63)
             if mode == MatmulMode.W4M:
-                sig, es = significand(minimum[n, b])
+                sig, es = significand(minimum[n, b >> group])
                 acc += total * sig >> min(emax - eb + exponent - es, 63)
         out.append(float(rounded(acc * Fraction(2) ** (emax + exponent - 39))))
     return np.array(out, np.float32)
@@ -88,21 +88,23 @@ def test_weight_matmul_is_the_integer_formula(mode, spread):
     assert (np.abs(got - x @ dense.T) <= bound).all()
 
 
-@pytest.mark.parametrize("name", ["sim", "u280"])
+@pytest.mark.parametrize("name, group", [("tiny", 1), ("tiny", 4), ("sim", 0), ("sim", 1), ("u280", 0), ("u280", 1),
+                                         ("u280", 2), ("u280", 5)])
 @pytest.mark.parametrize("mode", CODES, ids=lambda mode: mode.name)
-def test_weight_matmul_of_other_configurations(mode, name):
+def test_weight_matmul_of_other_configurations(mode, name, group):
+    """Blocks that share a scale among them; the last ones of a row may be fewer."""
     config = preset(name)
     bench, rng = Bench(config), np.random.default_rng(3)
-    weights = random_weights(rng, mode, config.columns, 3 * config.lanes, 4, config)
+    weights = random_weights(rng, mode, config.columns, 3 * config.lanes, 4, config, group)
     x = rng.standard_normal(3 * config.lanes).astype(np.float32)
     bench.fill_mbuf(0, x)
     width = config.superbeat_bytes // 4
-    words = weight_words(bench, mode, weights, beats=min(width, config.columns) // config.vector_lanes)
+    words = weight_words(bench, mode, weights, beats=min(width, config.columns) // config.vector_lanes, group=group)
     if width > config.columns:  # sim and u280 store whole superbeats only: two matmuls fill one
         words *= width // config.columns
     got = logits(bench, words, 1, width)[0]
-    want = matmul_by_text(bench, mode, *weights, 0, scale_exponent(mode, *weights[1:]))
-    np.testing.assert_array_equal(got, np.resize(want, width))
+    want = matmul_by_text(bench, mode, *weights, 0, scale_exponent(mode, *weights[1:]), group)
+    np.testing.assert_array_equal(got, np.resize(want[:width], width))
 
 
 def test_w8_reaches_every_code_and_largest_mantissas():

@@ -14,25 +14,27 @@ from skipopu.hw.isa import ROUTER_ROWS_AT, Destination, MatmulMode, RowScale
 __all__ = ["FloatDevice", "unpack_weights"]
 
 
-def unpack_weights(config, mode, stream, n_tiles, k_tiles):
-    """(codes, scale, minimum) of a weight stream, tile by tile as the hardware reads it."""
-    chunk_beats, groups = config.scale_chunk(mode == MatmulMode.W4M)
+def unpack_weights(config, mode, stream, n_tiles, k_tiles, group=0):
+    """(codes, scale, minimum) of a weight stream, tile by tile as the hardware reads it; a scale for each block."""
     planes = 2 if mode == MatmulMode.W8 else 1
     lanes, columns, blocks = config.lanes, config.columns, config.blocks
     codes = np.zeros((n_tiles * columns, k_tiles * lanes), np.int64)
     scale, minimum = (np.zeros((n_tiles * columns, k_tiles * blocks), np.float16) for _ in range(2))
-    at, halves = 0, None
+    at, left = 0, np.zeros(0, np.float16)
+    lines, tiles = max(blocks >> group, 1), max((1 << group) // blocks, 1)
+    size = columns * lines * (2 if mode == MatmulMode.W4M else 1)
+    chunk_beats = max(2 * size // config.superbeat_bytes, 1)
     for tile in range(n_tiles * k_tiles):
         n, k = divmod(tile, k_tiles)
         rows, cols = slice(n * columns, (n + 1) * columns), slice(k * lanes, (k + 1) * lanes)
-        if tile % groups == 0:
-            halves = np.ascontiguousarray(stream[at : at + chunk_beats]).reshape(-1).view(np.float16)
-            at += chunk_beats
-        per_group = columns * blocks * (2 if mode == MatmulMode.W4M else 1)
-        group = halves[tile % groups * per_group :][:per_group].reshape(-1, blocks, columns)
-        scale[rows, k * blocks : (k + 1) * blocks] = group[0].T
+        if k % tiles == 0:
+            if not len(left):
+                left = np.ascontiguousarray(stream[at : at + chunk_beats]).reshape(-1).view(np.float16)
+                at += chunk_beats
+            own, left = left[:size].reshape(-1, lines, columns).repeat(blocks // lines, axis=1), left[size:]
+        scale[rows, k * blocks : (k + 1) * blocks] = own[0].T
         if mode == MatmulMode.W4M:
-            minimum[rows, k * blocks : (k + 1) * blocks] = group[1].T
+            minimum[rows, k * blocks : (k + 1) * blocks] = own[1].T
         for plane in range(planes):
             data = stream[at : at + config.tile_beats].reshape(-1).astype(np.int64)
             at += config.tile_beats
@@ -92,7 +94,7 @@ class FloatDevice(SoftwareDevice):
         if key not in self._weights:
             stream = self.superbeats(first, count)
             codes, scale, minimum = unpack_weights(self.config, MatmulMode(fields["mode"]), stream, fields["n_tiles"],
-                                                   fields["k_tiles"])
+                                                   fields["k_tiles"], fields["group"])
             spread = [np.repeat(part.astype(np.float64), self.config.block, axis=1) for part in (scale, minimum)]
             self._weights[key] = codes * spread[0] + spread[1]
         return self._weights[key]
@@ -179,7 +181,7 @@ class _Core:
         elif mode == MatmulMode.PV:
             result = np.einsum("hgtc,chd->hgtd", rows, self.tile[:, 1])
         else:
-            count = weight_superbeats(self.config, mode, f["n_tiles"], f["k_tiles"])
+            count = weight_superbeats(self.config, mode, f["n_tiles"], f["k_tiles"], f["group"])
             result = rows @ self.device.weights(f, self._take_weights(count), count).T
         assert result.shape[-1] >= width
         self.stream.append(result[..., :width])

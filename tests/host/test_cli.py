@@ -226,6 +226,21 @@ def test_eval_compares_with_the_reference(call, model, folder, device):
     assert all("(measured)" in line or "(simulated)" in line for line in out.splitlines())
 
 
+def test_weights_of_another_kind(call, model, folder, tmp_path):
+    """Quantised again: evaluated against the model as it is, compiled into a bundle that keeps them."""
+    arguments = ("eval", *model, "--tokens", folder / "tokens.npz", *TINY, "--limit", 2)
+    found = [call.json(*arguments, "--weights", kind) for kind in ("q8_0", "q4_g128")]
+    assert found[0]["reference_perplexity"] == found[1]["reference_perplexity"] and found[0]["kl"] < found[1]["kl"]
+    bundle = tmp_path / "model.skpu"
+    call.good("compile", *model, "--weights", "q4_g128", "-o", bundle, *TINY, "--context", 32)
+    assert (call.json("generate", "-m", bundle, *PROMPT, "-n", 4)["tokens"]
+            == call.json("generate", *model, *PROMPT, *TINY, "-n", 4, "--weights", "q4_g128")["tokens"])
+    for wrong, message in ((model, "weights can be quantised to f32, f16, q8_0, q4_0, "),
+                           (("-m", bundle), "a bundle is")):
+        code, out, err = call("generate", *wrong, *PROMPT, "--weights", "q3")
+        assert code == 1 and not out and message in err and err.count("\n") == 1
+
+
 def test_compile_then_generate_and_disassemble(call, model, folder, tmp_path):
     bundle = tmp_path / "model.skpu"
     summary = call.json("compile", *model, "-o", bundle, *TINY, "--context", 16)

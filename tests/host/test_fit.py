@@ -90,7 +90,8 @@ def test_command_takes_a_model_file(capsys, tmp_path):
     (["--geometry", "gpt-2"], "skipopu: unknown geometry 'gpt-2'; known: llama2-7b, "),
     (["--geometry", "smollm2-135m", "--memory", "ddr"], "skipopu: memory must be ideal or hbm, not 'ddr'"),
     (["--geometry", "llama2-7b", "--config", "sim"], "skipopu: model llama2-7b does not fit configuration sim: "),
-    (["--geometry", "smollm2-135m", "--weights", "q2"], "skipopu: weights must be q8_0, q4_0, q4_1, not 'q2'"),
+    (["--geometry", "smollm2-135m", "--weights", "q2"], "skipopu: weights must be q8_0, q4_0, q4_1, q4_g64, "
+                                                           "q4_g128, q4m_g64, q4m_g128, not 'q2'"),
 ])
 def test_command_answers_mistakes_in_one_line(capsys, arguments, message):
     code, out, err = run(capsys, *arguments)

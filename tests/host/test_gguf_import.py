@@ -34,6 +34,15 @@ def test_a_written_model_comes_back_bit_for_bit(tmp_path, kind, seed):
     assert got.identity == hashlib.sha256((tmp_path / "m.gguf").read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize("kind", ["q4_g128", "q4m_g64"])
+def test_larger_groups_are_written_as_groups_of_32(tmp_path, kind):
+    model = random_model(5, kinds=[kind], mlp=160)
+    write_gguf(model, tmp_path / "m.gguf")
+    got = load_gguf(tmp_path / "m.gguf")
+    for name, tensor in model.tensors.items():
+        assert np.array_equal(got.tensors[name].dequantise(), tensor.dequantise()), name
+
+
 @pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q8_0"])
 def test_values_equal_those_of_the_gguf_package(tmp_path, kind):
     """The packing here is ours in both directions; the package's own dequantiser is the witness."""

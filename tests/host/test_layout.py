@@ -24,22 +24,25 @@ MODE = pytest.mark.parametrize("mode", RANGE, ids=lambda mode: mode.name)
 
 @PRESET
 @MODE
-@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 2), (2, 1)], ids=str)
-def test_weight_stream_reads_back(config, mode, shape):
+@pytest.mark.parametrize("group", [0, 1, 2, 5])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 2), (2, 9)], ids=str)
+def test_weight_stream_reads_back(config, mode, shape, group):
+    """Also where the last blocks of a row are fewer than share a scale."""
     n_tiles, k_tiles = shape
     rng = np.random.default_rng(n_tiles * 10 + k_tiles)
     rows = n_tiles * config.columns - config.columns // 4  # the last column tile is not full
     codes = rng.integers(*RANGE[mode], (rows, k_tiles * config.lanes), dtype=np.int8)
-    scale = rng.standard_normal((rows, k_tiles * config.blocks)).astype(np.float16)
+    scale = rng.standard_normal((rows, -(-k_tiles * config.blocks >> group))).astype(np.float16)
     minimum = rng.standard_normal(scale.shape).astype(np.float16) if mode == MatmulMode.W4M else None
-    stream = pack_weights(config, mode, codes, scale, minimum)
-    assert stream.shape == (weight_superbeats(config, mode, n_tiles, k_tiles), config.superbeat_bytes)
-    got_codes, got_scale, got_minimum = unpack_weights(config, mode, stream, n_tiles, k_tiles)
+    stream = pack_weights(config, mode, codes, scale, minimum, group)
+    assert stream.shape == (weight_superbeats(config, mode, n_tiles, k_tiles, group), config.superbeat_bytes)
+    got_codes, got_scale, got_minimum = unpack_weights(config, mode, stream, n_tiles, k_tiles, group)
+    of_block = np.arange(k_tiles * config.blocks) >> group
     np.testing.assert_array_equal(got_codes[:rows], codes)
-    np.testing.assert_array_equal(got_scale[:rows], scale)
+    np.testing.assert_array_equal(got_scale[:rows], scale[:, of_block])
     assert not got_scale[rows:].any()
     if minimum is not None:
-        np.testing.assert_array_equal(got_minimum[:rows], minimum)
+        np.testing.assert_array_equal(got_minimum[:rows], minimum[:, of_block])
 
 
 def test_scale_exponent_counts_subnormals_as_one_and_w8_as_four_more():

@@ -49,6 +49,16 @@ def test_a_registered_format_is_loaded(tmp_path, loaders):
     assert [loader.name for loader in load.LOADERS].count("bundle") == 1
 
 
+def test_a_format_may_quantise_itself(tmp_path, loaders):
+    path = tmp_path / "m.floats"
+    path.write_bytes(b"FLOATS")
+    register_loader(Loader("floats", lambda path: path.suffix == ".floats",
+                           lambda path, linear="q4_1": random_model(1, kinds=(linear,)), quantises=True))
+    assert load_model(path, "q4_g64").layer(0)["q"].kind == "q4_g64" and load_model(path).layer(0)["q"].kind == "q4_1"
+    write_gguf(random_model(0), tmp_path / "m.gguf")
+    assert load_model(tmp_path / "m.gguf", "q4_g64").layer(0)["q"].kind == "q4_g64"
+
+
 @pytest.mark.parametrize(("spec", "message"), [
     ("smolm2", "smolm2: no such file, folder or model name; did you mean smollm2?"),
     ("nothing/like/it", "nothing/like/it: no such file, folder or model name; models with a name: smollm2, story"),

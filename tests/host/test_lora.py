@@ -8,10 +8,10 @@ from skipopu.golden.random_model import random_model
 from skipopu.golden.routed import RoutedReference
 from skipopu.host.errors import RouterError
 from skipopu.host.lora import add_deltas, merged
-from skipopu.host.model import GROUP
+from skipopu.host.model import GROUP, KINDS
 from skipopu.host.routers import Routers, load_routers, save_routers
 
-MODELS = {kind: random_model(0, kinds=(kind,)) for kind in ("f32", "f16", "q8_0", "q4_0", "q4_1")}
+MODELS = {kind: random_model(0, kinds=(kind,)) for kind in KINDS}
 MODEL = MODELS["q4_1"]
 PARTS = ("attn_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down")
 
@@ -32,7 +32,7 @@ def routers(lora=None, model=MODEL):
 
 
 @pytest.mark.parametrize(["kind", "tolerance"], [("f32", 1e-6), ("f16", 1e-3), ("q8_0", 5e-3), ("q4_0", 5e-4),
-                                                 ("q4_1", 5e-4)])
+                                                 ("q4_1", 5e-4), ("q4_g128", 5e-4), ("q4m_g64", 5e-4)])
 def test_a_change_is_added_to_every_weight_of_its_group(kind, tolerance):
     lora = changes(PARTS, MODELS[kind])
     model, plain = merged(MODELS[kind], routers(lora, MODELS[kind]))

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from skipopu.golden.random_model import random_model
 from skipopu.host.errors import ModelError
-from skipopu.host.model import Llama3Scaling, Model, ModelConfig, QuantTensor, rope_inv_freq, tensor_shapes
+from skipopu.host.model import (
+    BASE,
+    GROUPS,
+    Llama3Scaling,
+    Model,
+    ModelConfig,
+    QuantTensor,
+    rope_inv_freq,
+    tensor_shapes,
+)
 
 GEOMETRY = {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp": 96, "vocab": 96,
             "context": 128}
@@ -60,11 +69,28 @@ def test_each_group_has_its_own_scale():
     assert QuantTensor("q4_0", codes=codes, scale=scale).take_rows(np.array([1])).dequantise()[0, 40] == 4
 
 
+@pytest.mark.parametrize("kind, columns, scales", [("q4_g64", 160, 3), ("q4_g128", 160, 2), ("q4m_g128", 128, 1)])
+def test_larger_groups_have_the_values_of_repeated_scales(kind, columns, scales):
+    """The last group of a row may be shorter."""
+    rng, group = np.random.default_rng(1), GROUPS[kind]
+    codes = rng.integers(*((0, 16) if "m" in kind else (-8, 8)), (3, columns), dtype=np.int8)
+    parts = {"scale": rng.standard_normal((3, scales)).astype(np.float16)}
+    if "m" in kind:
+        parts["minimum"] = rng.standard_normal((3, scales)).astype(np.float16)
+    tensor = QuantTensor(kind, codes=codes, **parts)
+    of_column = {name: part.astype(np.float32).repeat(group, axis=1)[:, :columns] for name, part in parts.items()}
+    values = codes * of_column["scale"] + of_column.get("minimum", np.float32(0))
+    assert np.array_equal(tensor.dequantise(), values)
+    narrow = tensor.narrowed()
+    assert (narrow.kind, narrow.scale.shape) == (BASE[kind], (3, columns // 32))
+    assert np.array_equal(narrow.dequantise(), values) and narrow.narrowed() is narrow
+
+
 CODES, SCALE = np.zeros((2, 64), np.int8), np.ones((2, 2), np.float16)
 
 
 @pytest.mark.parametrize(("kind", "parts", "message"), [
-    ("q5_0", {}, "kind must be one of f32, f16, q8_0, q4_0, q4_1, not 'q5_0'"),
+    ("q5_0", {}, "kind must be one of f32, f16, q8_0, q4_0, q4_1, q4_g64, q4_g128, q4m_g64, q4m_g128, not 'q5_0'"),
     ("q8_0", {"codes": CODES}, "q8_0 tensor has exactly codes, scale: check scale"),
     ("q8_0", {"codes": CODES, "scale": SCALE, "minimum": SCALE}, "exactly codes, scale: check minimum"),
     ("q4_1", {"codes": CODES, "scale": SCALE}, "exactly codes, scale, minimum: check minimum"),

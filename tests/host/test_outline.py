@@ -4,6 +4,7 @@ import pytest
 from skipopu.golden.random_model import random_model
 from skipopu.host.compiler import compile_model
 from skipopu.host.errors import CapacityError, RequestError
+from skipopu.host.model import GROUPS
 from skipopu.host.performance.fit import kinds_of
 from skipopu.host.performance.geometries import GEOMETRIES, find_geometry
 from skipopu.host.performance.outline import outline
@@ -17,9 +18,9 @@ CASES = [("tiny", {}, ""), ("tiny", {"head_dim": 24, "heads": 4, "hidden": 96}, 
 
 
 @pytest.mark.parametrize("name, geometry, kv", CASES)
-@pytest.mark.parametrize("seed", [1, 2])
-def test_same_program_and_addresses_as_the_compilers(name, geometry, kv, seed):
-    model = random_model(seed, **geometry)
+@pytest.mark.parametrize("seed, kinds", [(1, None), (2, None), (3, GROUPS), (4, GROUPS)])
+def test_same_program_and_addresses_as_the_compilers(name, geometry, kv, seed, kinds):
+    model = random_model(seed, **geometry, **({"kinds": tuple(kinds)} if kinds else {}))
     compiled = compile_model(model, preset(name), 64, always_executing(model, kv) if kv else None, check=False)
     found = outline(model.config, preset(name), 64, kv=kv, kind=kinds_of(model))
     assert found.regions == compiled.map.regions
@@ -32,6 +33,13 @@ def test_same_program_and_addresses_as_the_compilers(name, geometry, kv, seed):
             assert got == expected, pc
 
 
+@pytest.mark.parametrize("group, per_weight", [("q4_0", 4.5), ("q4_g64", 4.25), ("q4_g128", 4.125), ("q4m_g128", 4.25)])
+def test_scales_cost_what_their_group_says(group, per_weight):
+    found = outline(GEOMETRIES["llama2-7b"], preset("u280"), 1152, kind=group)
+    size = found.regions["layers.3.down"][1] * preset("u280").superbeat_bytes
+    assert size == pytest.approx(4096 * 11008 * per_weight / 8, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ["llama2-7b", "llama3.1-8b", "smollm2-135m"])
 def test_large_shapes_need_no_weights(name):
     found = outline(GEOMETRIES[name], preset("u280"), 1152, kv="reuse")
@@ -41,7 +49,8 @@ def test_large_shapes_need_no_weights(name):
 
 @pytest.mark.parametrize("arguments, error, message", [
     ({"kv": "maybe"}, RequestError, "kv must be reuse or dense, not 'maybe'"),
-    ({"kind": "f16"}, RequestError, "weights must be q8_0, q4_0, q4_1, not 'f16'"),
+    ({"kind": "f16"}, RequestError, "weights must be q8_0, q4_0, q4_1, q4_g64, q4_g128, q4m_g64, q4m_g128, "
+                                   "not 'f16'"),
 ])
 def test_refuses(arguments, error, message):
     with pytest.raises(error, match=message):

@@ -3,8 +3,10 @@
 import gguf
 import numpy as np
 import pytest
+from skipopu.golden.random_model import random_model
 from skipopu.host.errors import ModelError
-from skipopu.host.quantise import quantise
+from skipopu.host.model import BASE, GROUPS
+from skipopu.host.quantise import quantise, requantised
 
 GROUP_KINDS = ["q8_0", "q4_0", "q4_1"]
 
@@ -43,6 +45,28 @@ def test_the_largest_values_do_not_overflow(kind):
     assert error <= 65504 / (100 if kind == "q8_0" else 7)
 
 
+@pytest.mark.parametrize("kind", ["q4_g64", "q4_g128", "q4m_g64", "q4m_g128"])
+def test_larger_groups_fit_their_own_scale(kind):
+    """The fit of each group alone, also of the shorter group at the end of a row; coarser than groups of 32."""
+    values = np.random.default_rng(4).standard_t(5, (6, 288)).astype(np.float32)
+    tensor, size = quantise(values, kind), GROUPS[kind]
+    for first in range(0, 288, size):
+        alone = quantise(values[:, first:first + size], kind)
+        assert np.array_equal(alone.codes, tensor.codes[:, first:first + size])
+        assert np.array_equal(alone.scale[:, 0], tensor.scale[:, first // size])
+    fine, coarse = (np.square(item.dequantise() - values).sum() for item in (quantise(values, BASE[kind]), tensor))
+    assert fine < coarse < 0.05 * np.square(values).sum()
+
+
+def test_requantised_models_are_others():
+    model = random_model(3, kinds=("f16",))
+    found = requantised(model, "q4_g128")
+    assert {tensor.kind for tensor in found.tensors.values()} == {"f32", "f16", "q4_g128"}
+    assert found.identity != model.identity and requantised(model, "q4_g64").identity != found.identity
+    assert found.layer(1)["up"].codes.tolist() == quantise(model.layer(1)["up"].dequantise(), "q4_g128").codes.tolist()
+    assert found.head is found.tensors["embedding" if model.config.tied_head else "head"] and found.head.kind == "f16"
+
+
 def test_more_rows_than_a_chunk_give_the_same_rows():
     values = np.random.default_rng(3).standard_normal((2100, 32)).astype(np.float32)
     whole, tail = quantise(values, "q4_1"), quantise(values[2048:], "q4_1")
@@ -54,7 +78,7 @@ def test_more_rows_than_a_chunk_give_the_same_rows():
     (np.full((1, 32), 65600.0), "f16", "finite and at most 65504"),
     (np.zeros((1, 33)), "q8_0", r"multiple of 32\] for q8_0, not \[1, 33\]"),
     (np.zeros(32), "q4_0", r"multiple of 32\] for q4_0, not \[32\]"),
-    (np.zeros((1, 32)), "q6_k", "f32, f16, q8_0, q4_0 or q4_1, not 'q6_k'"),
+    (np.zeros((1, 32)), "q6_k", "f32, f16, q8_0, q4_0, q4_1, q4_g64, .*, not 'q6_k'"),
 ])
 def test_refuses(values, kind, message):
     with pytest.raises(ModelError, match=message):

@@ -103,11 +103,17 @@ class Matmul:
         self.key_exponents = rng.integers(1, 32, (heads, config.tile_tokens))
 
     def _scales(self, heads, n_tiles, k_tiles):
-        """FP16 bits [h, n, k, scale or minimum, blocks, columns]: any finite value, subnormal and zero among them."""
-        rng, shape = self.rng, (heads, n_tiles, k_tiles, 2, self.config.blocks, self.config.columns)
+        """FP16 bits [h, n, k, scale or minimum, blocks, columns]: any finite value, subnormal and zero among them.
+
+        2^group blocks in a row have the same.
+        """
+        rng, blocks, group = self.rng, self.config.blocks, self.fields.get("group", 0)
+        shape = heads, n_tiles, -(-k_tiles * blocks >> group), 2, self.config.columns
         bits = rng.integers(0, 2, shape) << 15 | rng.integers(0, self.scale_limit, shape) << 10
         bits |= rng.integers(0, 1024, shape)
-        return np.where(rng.random(shape) < 0.1, rng.choice([0, 0x8000, 1, 0x83FF, 0x0400], shape), bits)
+        bits = np.where(rng.random(shape) < 0.1, rng.choice([0, 0x8000, 1, 0x83FF, 0x0400], shape), bits)
+        of_block = bits[:, :, np.arange(k_tiles * blocks) >> group]
+        return of_block.reshape(heads, n_tiles, k_tiles, blocks, 2, -1).swapaxes(3, 4)
 
     def expected(self):
         """The AccBeat payloads, in order."""
@@ -145,18 +151,22 @@ class Matmul:
         config = self.config
         if self.is_kv:
             return []
-        with_minimum = self.mode == MatmulMode.W4M
-        chunk_beats, groups = config.scale_chunk(with_minimum)
-        scales = self.scales.reshape(-1, *self.scales.shape[3:])[:, :2 if with_minimum else 1]
-        codes = self.codes.reshape(-1, self.planes * config.columns, config.lanes) & 15
-        nibbles = codes.reshape(len(codes), -1, 2)
-        packed = (nibbles[..., 0] | nibbles[..., 1] << 4).astype(np.uint8)
-        stream = b""
-        for first in range(0, len(packed), groups):
-            chunk = scales[first:first + groups].astype("<u2").tobytes()
-            stream += chunk + self.rng.bytes(chunk_beats * config.superbeat_bytes - len(chunk))
-            stream += packed[first:first + groups].tobytes()
-        size = config.superbeat_bytes
+        kinds, size = 2 if self.mode == MatmulMode.W4M else 1, config.superbeat_bytes
+        blocks, share = config.blocks, 1 << self.fields.get("group", 0)
+        runs = []  # of tiles that one set of scales serves: (set, codes)
+        for h, n in np.ndindex(*self.shape[:2]):
+            for k in range(self.shape[2]):
+                nibbles = self.codes[h, n, k].reshape(-1, 2) & 15
+                packed = (nibbles[:, 0] | nibbles[:, 1] << 4).astype(np.uint8).tobytes()
+                if k * blocks % share == 0:
+                    scales = self.scales[h, n, k, :kinds, ::min(share, blocks)]
+                    runs.append((scales.astype("<u2").tobytes(), packed))
+                else:
+                    runs[-1] = runs[-1][0], runs[-1][1] + packed
+        stream, chunk = b"", max(size // len(runs[0][0]), 1)
+        for first in range(0, len(runs), chunk):
+            scales, codes = (b"".join(parts) for parts in zip(*runs[first:first + chunk]))
+            stream += scales + self.rng.bytes(-len(scales) % size) + codes
         return [int.from_bytes(stream[i:i + size], "little") for i in range(0, len(stream), size)]
 
     def requests(self, slot):

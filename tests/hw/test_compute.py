@@ -17,7 +17,7 @@ from skipopu.sim.bench import Stall, StreamSink, StreamSource, bench, bench_para
 from vector_model import geometry
 
 TINY = preset("tiny")
-WIDE = dataclasses.replace(TINY, name="wide", ports=4, port_bits=128)  # a tile a superbeat, two scale groups a chunk
+WIDE = dataclasses.replace(TINY, name="wide", ports=4, port_bits=128)  # a tile a superbeat, two scale sets a chunk
 
 
 class ComputeBench:
@@ -94,6 +94,7 @@ class ComputeBench:
         fields = sizes | geometry(rng, *(sizes[name] for name in ("heads", "groups", "rows", "k_tiles")))
         last = int(rng.integers(1, vectors + 1))
         fields["beats"] = fixed.get("beats", (sizes["n_tiles"] - 1) * vectors + last)
+        fields["group"] = int(fixed.get("group", rng.integers(0, 5)))
         fields["x"] = self.next_row
         matmul = Matmul(config, mode, fields, rng)
         self.next_row = max(matmul.rows) + 1
@@ -171,6 +172,18 @@ async def single_commands_match(dut, seed):
         single = {"heads": 1, "groups": 1, "rows": 1, "n_tiles": 1, "k_tiles": 1} | kv.get(mode, {})
         await machine.run(machine.make(rng, mode, **single, beats=1))
         await machine.run(machine.make(rng, mode))
+
+
+@bench(stall=[Stall.NEVER, Stall.HALF], timeout_cycles=60_000)
+async def blocks_share_scales(dut, stall):
+    """Every group with each kind of weights; the last tiles of a column tile may have a set of scales to themselves."""
+    rng = np.random.default_rng(11)
+    machine = ComputeBench(dut, stall=stall, seed=11)
+    for mode in (MatmulMode.W4, MatmulMode.W4M, MatmulMode.W8):
+        for group in range(8):
+            sizes = {"groups": 1, "rows": 2, "k_tiles": int(rng.choice([1, 4, 5, 9])), "group": group}
+            await machine.run(*(machine.make(rng, mode, heads=1 + i, n_tiles=2, **sizes) for i in range(2)))
+            machine.next_row = 0
 
 
 @bench(timeout_cycles=60_000)
@@ -257,7 +270,7 @@ async def one_row_runs_at_the_speed_of_the_stream(dut, mode):
     machine = ComputeBench(dut)
     sizes = {"heads": 1, "groups": 1, "rows": 1}
     if mode not in (MatmulMode.QK, MatmulMode.PV):
-        sizes |= {"n_tiles": 3, "k_tiles": 16}  # a column tile lasts longer than the way of another one to the output
+        sizes |= {"n_tiles": 3, "k_tiles": 24}  # a column tile lasts longer than the way of another one to the output
     matmul = machine.make(rng, mode, **sizes)
     await machine.run(matmul)
     assert len(machine.active) == np.prod(matmul.shape)
@@ -297,7 +310,7 @@ async def debug_shows_rows_of_mbuf(dut):
 @pytest.mark.parametrize("config", [TINY, WIDE], ids=lambda config: config.name)
 def test_matmul(config):
     run_bench(ComputeUnit(config=config), every_mode_matches, single_commands_match, every_limit_of_beats,
-              a_mask_chooses_the_rows, drops_weights_between_products, drops_a_superbeat_in_every_cycle,
-              waits_while_both_banks_are_full, one_row_runs_at_the_speed_of_the_stream,
-              tiles_follow_each_other_without_a_gap, debug_shows_rows_of_mbuf,
+              blocks_share_scales, a_mask_chooses_the_rows, drops_weights_between_products,
+              drops_a_superbeat_in_every_cycle, waits_while_both_banks_are_full,
+              one_row_runs_at_the_speed_of_the_stream, tiles_follow_each_other_without_a_gap, debug_shows_rows_of_mbuf,
               parameters=dataclasses.asdict(config))

@@ -39,12 +39,14 @@ def test_unknown_preset_lists_the_known_ones():
 
 
 @pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
-def test_scale_chunk_holds_whole_groups(config):
+def test_scale_chunk_holds_whole_sets(config):
     for minimum in (False, True):
-        beats, groups = config.scale_chunk(minimum)
-        group = 2 * config.columns * config.blocks * (2 if minimum else 1)
-        assert beats == 1 or groups == 1
-        assert beats * config.superbeat_bytes >= groups * group > beats * config.superbeat_bytes - group
+        for group in range(8):
+            beats, sets = config.scale_chunk(minimum, group)
+            size = 2 * config.columns * max(config.blocks >> group, 1) * (2 if minimum else 1)
+            assert beats == 1 or sets == 1
+            assert beats * config.superbeat_bytes == sets * size
+            assert config.scale_tiles(group) * config.blocks == max(1 << group, config.blocks)
 
 
 def test_hashes_tell_every_size_apart():

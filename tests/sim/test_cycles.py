@@ -6,6 +6,7 @@ from skipopu.golden.random_model import random_model
 from skipopu.host.compiler import compile_model
 from skipopu.host.devices import open_device
 from skipopu.host.errors import CompileError
+from skipopu.host.model import GROUPS
 from skipopu.host.passes.walk import Arguments
 from skipopu.host.performance.cycles import predict
 from skipopu.host.performance.memory import HbmMemory, IdealMemory
@@ -56,7 +57,7 @@ def case(seed, config):
     while True:
         kv = str(rng.choice(["", "dense", "reuse"]))
         context = int(rng.integers(16, 100))
-        model = random_model(seed, kinds=(str(rng.choice(["q4_0", "q4_1", "q8_0"])),), **geometry(rng, config))
+        model = random_model(seed, kinds=(str(rng.choice(list(GROUPS))),), **geometry(rng, config))
         try:
             compiled = compile_model(model, config, context, always_executing(model, kv) if kv else None,
                                      check=False, fused=bool(rng.random() < 0.8), kv=KvSizes(buffer=0))

@@ -13,14 +13,14 @@ from skipopu.host.compare import compare
 from skipopu.host.compiler import compile_model
 from skipopu.host.devices import open_device
 from skipopu.host.layout import pad_to
-from skipopu.host.model import GROUP, Model, QuantTensor
+from skipopu.host.model import GROUP, GROUPS, Model, QuantTensor
 from skipopu.host.runtime import Accelerator
 from skipopu.hw.config import preset
 from skipopu.sim.native import MemoryTiming
 
 CONFIG = preset("tiny")
 CONTEXT = 64
-QUANTISED = ("q4_0", "q4_1", "q8_0")
+QUANTISED = tuple(GROUPS)
 STALLS = ("stall_ar", "stall_r", "stall_aw", "stall_w", "stall_b")
 HALF = dict.fromkeys(STALLS, 0.5)
 
