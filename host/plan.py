@@ -19,6 +19,7 @@ from .model import ModelConfig
 __all__ = ["DEFAULT_CONTEXT", "KvSizes", "Plan", "make_plan", "shortages"]
 
 DEFAULT_CONTEXT = 2048
+_DECISION = 256  # superbeats that memory delivers about until a row is added up and scored
 _INNER_LIMIT = (1 << 16) - 1  # inner size of a matmul for which 48 accumulator bits are enough
 _FIELDS = {item.mnemonic: item.fields for item in INSTRUCTIONS}
 
@@ -130,9 +131,10 @@ class Plan:
         """Superbeats of a key projection read before it is known whether any token computes keys (KV reuse).
 
         Memory would idle while the last rows are added up and scored, so that they cost nothing even where they are
-        dropped. Half of the read FIFOs: behind them what the decision asks for is already on its way.
+        dropped. No more than that lasts, and at most half of the read FIFOs: behind them what the decision asks for is
+        already on its way.
         """
-        return self.config.fifo_beats // 2
+        return min(self.config.fifo_beats // 2, _DECISION)
 
     def beats(self, elements: int) -> int:
         """Vector beats of that many elements (a multiple of vector_lanes)."""

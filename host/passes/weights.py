@@ -106,7 +106,7 @@ def lower_linear(config: OverlayConfig, name: str, tensor: QuantTensor, rows: Pa
     indices = [cols.index(), runs, runs]
     lowered = [part if part is None else _take(_take(part, index, 1), rows.index(), 0)
                for part, index in zip(parts, indices)]
-    return Linear(mode_of(tensor.kind), *lowered, group=group)  # type: ignore[arg-type]
+    return Linear(mode_of(tensor.kind), *lowered, group=group)  # type: ignore[arg-type, misc]
 
 
 def pair_kind(first: str, second: str) -> str:

@@ -475,7 +475,7 @@ class _Machine:
                 if not f["mask"] >> row & 1:
                     last += 1
                     continue
-                last += f["record"]
+                last += f["record"] + cycles.place * f["reuse"]
                 position = f["x"] + row
                 address, port = f["imm"] + position // config.ports * f["record"], position % config.ports
                 responses.append(self._write(last, f["record"], address, port))
@@ -486,6 +486,7 @@ class _Machine:
 
     def _write(self, last: int, beats: int, address: int, port: int | None) -> float:
         """Response to a run whose last beat is handed to its writer in a cycle."""
-        burst = min((address + beats - 1) % self.config.burst_beats + 1, beats)  # those before it are on their way
-        return self.channel.write(last + self.cycles.write + burst, burst, address + beats - burst, port)
+        burst = min((address + beats - 1) % self.config.burst_beats + 1, beats)
+        before = min(beats - burst, self.config.burst_beats)  # beats of the burst before it, which it may wait for
+        return self.channel.write(last + self.cycles.write + max(burst, before), burst, address + beats - burst, port)
 

@@ -76,12 +76,13 @@ class HbmMemory:
     opening. Refreshes come at another time on every port. Writes are few; they hold up no reads.
 
     ports, beat_bytes : of the overlay; timing : `sim.hbm.HbmTiming`; begin : cycles since reset, which say how far the
-        next refreshes are; first : number of the first port
+        next refreshes are; first : number of the first port; ahead : beats that a reader asks for ahead of their use
     """
 
     _ACCESS = 32  # bytes
 
-    def __init__(self, ports: int, beat_bytes: int, timing: Any, begin: int = 0, first: int = 0) -> None:
+    def __init__(self, ports: int, beat_bytes: int, timing: Any, begin: int = 0, first: int = 0,
+                 ahead: int = 0) -> None:
         natives = [timing.native(first + port) for port in range(ports)]
         one = natives[0]
         self._fetch_port = lambda: HbmMemory(1, WORD_BYTES, timing, begin, first + ports)
@@ -93,6 +94,7 @@ class HbmMemory:
         same = max(self._ACCESS // beat_bytes, 1)
         self._beat = max(beat_bytes // self._ACCESS, 1) * one.slot + (same - 1) / same * one.same_group
         self._beat_bytes = beat_bytes
+        self._ahead = ahead
         now = begin * one.core
         self._due = [(native.phase + max(math.ceil((now - native.phase) / self._interval), 0) * self._interval - now,
                       port) for port, native in enumerate(natives)]
@@ -144,7 +146,9 @@ class HbmMemory:
         work = beats * self._beat
         phase = self._phase if port is None else self._phase[port]
         since = (begin - phase) % self._interval
-        begin = begin + np.where(since < self._pause, self._pause - since, 0)
+        # in a refresh, with the reads that wait for its end
+        reads = np.minimum(since / self._core, self._ahead) * self._beat
+        begin = begin + np.where(since < self._pause, self._pause - since + reads, 0)
         end = begin + work + np.where(self._interval - (begin - phase) % self._interval < work, self._pause, 0)
         return max(math.ceil(float(np.max(end)) / self._core), cycle + 1) + self._response // self._core
 
@@ -158,7 +162,8 @@ def memory_model(memory: str, config: OverlayConfig) -> Channel:
         raise RequestError(f"memory must be {' or '.join(MODELS)}, not {memory!r}")
     if memory == "ideal":
         return IdealMemory()
-    return HbmMemory(config.ports, config.port_bits // 8, import_module("skipopu.sim.hbm").HbmTiming())
+    return HbmMemory(config.ports, config.port_bits // 8, import_module("skipopu.sim.hbm").HbmTiming(),
+                     ahead=config.fifo_beats)
 
 
 class Superbeats:

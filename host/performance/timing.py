@@ -41,6 +41,7 @@ class Cycles:
     scalars: dict[str, int] = field(default_factory=lambda: {"vnorm": 31, "vadd": 31, "vprob": 35})
     # store unit
     store: int = 4  #: command taken to the first beat handed over
+    place: int = 4  #: the place of a record with reuse
     record_end: int = 3  #: last beat of a record to the one before the first of the next
     logits: int = 9  #: last beat of logits issued to the last superbeat handed over
     write: int = 3  #: last beat handed over to the first of its burst at the port

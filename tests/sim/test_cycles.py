@@ -6,7 +6,7 @@ from skipopu.golden.random_model import random_model
 from skipopu.host.compiler import compile_model
 from skipopu.host.devices import open_device
 from skipopu.host.errors import CompileError
-from skipopu.host.model import GROUPS
+from skipopu.host.model import BASE, GROUPS
 from skipopu.host.passes.walk import Arguments
 from skipopu.host.performance.cycles import predict
 from skipopu.host.performance.memory import HbmMemory, IdealMemory
@@ -48,16 +48,19 @@ def memory(rng, config):
             return (MemoryTiming(read_latency=read, write_latency=write, bandwidth=rate),
                     lambda begin: IdealMemory(read, write, rate))
     return MemoryTiming(hbm=HbmTiming()), lambda begin: HbmMemory(config.ports, config.port_bits // 8, HbmTiming(),
-                                                                  begin)
+                                                                  begin, ahead=config.fifo_beats)
 
 
 def case(seed, config):
     """(compiled, position, tokens, head rows, forced routes, timing, channel) of a random point."""
     rng = np.random.default_rng((seed, config.lanes))
+    groups = np.random.default_rng((seed, 1))
     while True:
         kv = str(rng.choice(["", "dense", "reuse"]))
         context = int(rng.integers(16, 100))
-        model = random_model(seed, kinds=(str(rng.choice(list(GROUPS))),), **geometry(rng, config))
+        base = str(rng.choice(["q4_0", "q4_1", "q8_0"]))
+        kind = str(groups.choice([kind for kind in GROUPS if BASE[kind] == base]))
+        model = random_model(seed, kinds=(kind,), **geometry(rng, config))
         try:
             compiled = compile_model(model, config, context, always_executing(model, kv) if kv else None,
                                      check=False, fused=bool(rng.random() < 0.8), kv=KvSizes(buffer=0))
