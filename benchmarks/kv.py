@@ -45,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512, 2048], help="contexts")
     parser.add_argument("--skip", type=float, default=0.25, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kv-format", default="fp16", help="of KV records: fp16, 12 or 8 (default: %(default)s)")
     parser.add_argument("--memory", default="hbm", help="hbm or ideal (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="folder for pictures")
     return parser.parse_args()
@@ -81,11 +82,11 @@ def main() -> int:
     patterns = [make_pattern(name, options.layers, max(options.tokens), options.skip, options.seed)
                 for name in ("dense", "random", "alternate")]
     print(f"{machine()}\nconfiguration {config.name}, {options.layers} layers of {options.kv_heads} KV heads x "
-          f"{options.head_dim}, memory {options.memory}", flush=True)
-    expected = list(measure(config, model, options.tokens, patterns, (0, None)))
+          f"{options.head_dim}, memory {options.memory}, KV records {options.kv_format}", flush=True)
+    expected = list(measure(config, model, options.tokens, patterns, (0, None), kv_format=options.kv_format))
     got = []
     for row in measure(config, model, options.tokens, patterns, (0, None), "rtl", lambda line: print(f"  {line}"),
-                       **memory):
+                       kv_format=options.kv_format, **memory):
         got.append(row)
         print(f"  {row.pattern}, {row.tokens} tokens, {row.buffer_bytes} bytes of buffer: {row.cycles:,} cycles, "
               f"effective {row.effective_share:.1%}, physical {row.physical_share:.1%}", flush=True)

@@ -1,6 +1,7 @@
-"""What narrower KV records would cost in quality: the functional level with keys and values rounded as they are stored.
+"""What narrower KV records cost in quality, on the functional level.
 
-A record keeps one exponent for every head's key and value, and a mantissa of so many bits for every element. 13 bits
+A record keeps one exponent for every head's key and value, and a mantissa of so many bits for every element. 12 and 8
+bits are formats of the overlay (`--kv-format`); for others FP16 records are rounded before they are stored. 13 bits
 are what the array multiplies anyway (`docs/numerics.md`), so that they change nothing; the check of that is exact.
 Prints the distance to the float reference, as `skipopu eval` does; exits with 1 if 13 bits change a logit or 8 bits
 cost more than the target.
@@ -22,7 +23,7 @@ from skipopu.host.compiled import Compiled
 from skipopu.host.errors import RequestError, SkipopuError
 from skipopu.host.evaluate import evaluate, load_sequences
 from skipopu.host.model import Model, ModelConfig
-from skipopu.host.plan import make_plan
+from skipopu.host.plan import KV_FORMATS, KvSizes, make_plan
 from skipopu.host.runtime import Accelerator
 from skipopu.host.session import ReferenceGenerator, compile_source, open_source
 
@@ -46,7 +47,7 @@ def rounded(bits: np.ndarray, width: int) -> np.ndarray:
     """FP16 bits (uint16) [..., dims] with one exponent for the last axis and mantissas of ``width`` bits, as FP16."""
     significand, field = half_parts(bits)
     top = field.max(-1, keepdims=True)
-    dropped = top - field + (14 - width)
+    dropped = np.minimum(top - field + (14 - width), 30)  # beyond 13 nothing is left
     magnitude = np.minimum((4 * np.abs(significand) + (1 << dropped >> 1)) >> dropped, (1 << width - 1) - 1)
     value = np.where(significand < 0, -1.0, 1.0) * np.ldexp(magnitude.astype(float), top - 27 + (14 - width))
     return value.astype(np.float16).view(np.uint16)
@@ -72,9 +73,10 @@ class RoundedDevice(FunctionalDevice):
         machine._units["storekv"] = stored
 
 
-def opened(compiled: Compiled, model: ModelConfig, formats: tuple[int, int]) -> Accelerator:
-    """The program on a device with records in these formats."""
-    config = compiled.config
+def opened(compiled: Compiled, model: ModelConfig, name: str) -> Accelerator:
+    """The program, compiled for records of that name if the overlay has them, on a device that rounds otherwise."""
+    config, width = compiled.config, 16 if name in KV_FORMATS else int(name.rstrip("kv"))
+    formats = (16 if name.endswith("v") else width, 16 if name.endswith("k") else width)
     device = RoundedDevice(config, compiled.map.memory * config.port_bits // 8)
     device.narrow(model, make_plan(config, model, compiled.map.context).head_dim, formats)
     return Accelerator(device, compiled)
@@ -87,14 +89,12 @@ def main() -> int:
     if not isinstance(model, Model):
         raise RequestError("the reference needs the model itself, not a bundle")
     sequences = load_sequences(options.sequences)[-options.limit:, :options.length]
-    compiled = compile_source(model, options.config, sequences.shape[1])
     print(f"{machine()}\n{model.config.name}, {sequences.size - len(sequences)} tokens", flush=True)
     found: dict[str, Any] = {}
     logits: dict[str, np.ndarray] = {}
     for name in options.formats.split(","):
-        width = int(name.rstrip("kv"))
-        formats = (16 if name.endswith("v") else width, 16 if name.endswith("k") else width)
-        accelerator = opened(compiled, model.config, formats)
+        sizes = KvSizes(format=name) if name in KV_FORMATS else None
+        accelerator = opened(compile_source(model, options.config, sequences.shape[1], kv=sizes), model.config, name)
         for total in evaluate(ReferenceGenerator(model), accelerator, sequences):
             found[name] = total
         logits[name] = accelerator.logits()

@@ -19,6 +19,7 @@ from skipopu.hw.isa import (
     Condition,
     Instruction,
     IsaError,
+    KvFormat,
     RowList,
     Unit,
     decode,
@@ -26,6 +27,7 @@ from skipopu.hw.isa import (
 from skipopu.hw.registers import FaultCause
 
 from .arithmetic import widen_half
+from .kv_records import pack_records
 from .matrix import MatrixUnit
 from .operands import KvTile, OperandCache, ProgramError, Span, linear, unpack_kv
 from .state import BeatStream, MachineFault, MachineState, RowLists, Write, rows_of
@@ -278,7 +280,9 @@ class FunctionalMachine(MachineState):
     def _loadkv(self, values: dict[str, int]) -> list[Write]:
         config, heads, head_beats, record = self.config, *(values[name] for name in ("heads", "head_beats", "record"))
         count, dims = min(values["rows"], config.tile_tokens), head_beats * config.beat_elements
-        if not heads or not head_beats or dims % config.lanes or 2 * heads * head_beats > record:
+        record_format = self._kv_format(values)
+        if (not heads or not head_beats or dims % config.lanes
+                or config.record_beats(heads, head_beats, record_format) > record):
             raise ProgramError(f"loadkv: {heads} heads of {head_beats} beats (whole lanes) must fit "
                                f"a record of {record}")
         if not count:
@@ -290,10 +294,11 @@ class FunctionalMachine(MachineState):
         addresses = values["imm"] + places * record
 
         def build() -> tuple[KvTile, list[Span]]:
-            return (unpack_kv(config, self.memories, addresses, heads, head_beats),
+            return (unpack_kv(config, self.memories, addresses, heads, head_beats, record_format),
                     [(int(addresses.min()), int(addresses.max()) + record)])
 
-        self._matrix.tiles.append(self.cache.get(("kv", heads, head_beats, record, addresses.tobytes()), build))
+        self._matrix.tiles.append(self.cache.get(("kv", record_format, heads, head_beats, record,
+                                                addresses.tobytes()), build))
         self.counters["kv_read"] += (beats - held) * self._per_beat
         self.counters["kv_buffered"] += held * self._per_beat
         return []
@@ -317,6 +322,14 @@ class FunctionalMachine(MachineState):
                                     check, self._fail)
         return places, count * record, held * record
 
+    def _kv_format(self, values: dict[str, int]) -> KvFormat:
+        """The format of an instruction's records."""
+        known = list(KvFormat) if self.config.kv_narrow else [KvFormat.FP16]
+        if values["format"] not in known:
+            self._fail(FaultCause.KV_FORMAT, f"KV format {values['format']}; {self.config.name} has "
+                                             f"{', '.join(item.name for item in known)}")
+        return KvFormat(values["format"])
+
     # ---- store unit
 
     def _storekv(self, values: dict[str, int]) -> list[Write]:
@@ -324,27 +337,36 @@ class FunctionalMachine(MachineState):
         rows = rows_of(values["mask"]).tolist()
         if values["x"] < 0:
             raise ProgramError(f"storekv: position must not be negative, but is {values['x']}")
+        record_format, size, heads = self._kv_format(values), record, 1
+        if record_format != KvFormat.FP16:
+            heads = values["heads"]
+            size = 2 * heads * values["head_beats"]
+            expected = self.config.record_beats(heads, values["head_beats"], record_format)
+            if not size or heads > self.config.kvbuf_heads or record != expected:
+                self._fail(FaultCause.BUFFER_RANGE, f"a {record_format.name} record of {heads} heads of "
+                                                    f"{values['head_beats']} beats has {expected} beats, not {record}; "
+                                                    f"the KV buffer has {self.config.kvbuf_heads} heads")
         if not values["reuse"]:
-            self._kvout_range(rows[-1], record)
-        data = self.kvout.view(np.uint8).reshape(-1, beat)
+            self._kvout_range(rows[-1], size)
         addresses = []
         for t in rows:
             position = values["x"] + t
             place, port = divmod(position, ports)
             if values["reuse"]:
                 place = self.kv.store(position, values["layer"], values["places"], self._fail)
-                self._kvout_range(t, record)
+                self._kvout_range(t, size)
             address = values["imm"] + place * record
             self._range(address, record, port)
-            new = data[t * record : (t + 1) * record].ravel()
-            self.memories[port][address * beat : (address + record) * beat] = new
+            new = self.kvout[t * size : (t + 1) * size].reshape(1, 2, heads, -1)
+            self.memories[port][address * beat : (address + record) * beat] = pack_records(
+                self.config, new, record_format).ravel()
             addresses.append(address)
         self.cache.invalidate(min(addresses), max(addresses) + record)
         self.counters["kv_written"] += len(rows) * record * beat
         return [Write("memory", np.unique(np.array(addresses, np.int64)[:, None] + np.arange(record)))]
 
-    def _kvout_range(self, row: int, record: int) -> None:
-        end = (row + 1) * record
+    def _kvout_range(self, row: int, size: int) -> None:
+        end = (row + 1) * size
         if end > self.config.kvout_rows:
             self._fail(FaultCause.BUFFER_RANGE, f"kvout row {end - 1} of {self.config.kvout_rows}")
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 from skipopu.hw.config import OverlayConfig
-from skipopu.hw.isa import MatmulMode
+from skipopu.hw.isa import KvFormat, MatmulMode
 
-from .arithmetic import align_kv, half_parts
+from .arithmetic import half_parts
+from .kv_records import unpack_records
 
 __all__ = ["KvTile", "OperandCache", "ProgramError", "WeightTiles", "linear", "unpack_kv", "unpack_weights",
            "weight_superbeats"]
@@ -163,15 +164,16 @@ def unpack_weights(config: OverlayConfig, mode: MatmulMode, stream: np.ndarray, 
 
 
 def unpack_kv(config: OverlayConfig, memories: list[np.ndarray], addresses: np.ndarray, heads: int,
-              head_beats: int) -> KvTile:
+              head_beats: int, record_format: KvFormat) -> KvTile:
     """The KV tile of the records at up to tile_tokens superbeat addresses, record i behind port i mod P; others are 0.
     """
     beat, dims = config.port_bits // 8, head_beats * config.beat_elements
-    records = np.zeros((config.tile_tokens, 2 * heads * head_beats, beat), np.uint8)
+    length = config.record_beats(heads, head_beats, record_format)
+    records = np.zeros((config.tile_tokens, length, beat), np.uint8)
     for port, memory in enumerate(memories[: len(addresses)]):
-        index = addresses[port :: config.ports, None] + np.arange(2 * heads * head_beats)
+        index = addresses[port :: config.ports, None] + np.arange(length)
         records[port : len(addresses) : config.ports] = memory[: len(memory) // beat * beat].reshape(-1, beat)[index]
-    mantissa, exponent = align_kv(records.view(np.uint16).reshape(config.tile_tokens, 2, heads, dims))
+    mantissa, exponent = unpack_records(config, records, record_format, heads, head_beats)
     mantissa = mantissa.astype(np.float32)
     return KvTile(
         np.ascontiguousarray(mantissa[:, 0].transpose(1, 2, 0)).reshape(heads, -1, config.block, config.tile_tokens),

@@ -58,8 +58,7 @@ class AttentionTiles:
         # clamped here, since the instruction's row count has fewer bits than a context may need
         loop = emit("add", rd=_LEFT, imm_reg=_LIMIT, rows_reg=Register.TOKENS)
         emit("min", rd=_LEFT, imm_reg=_LEFT, rows_reg=_TILE)
-        emit("loadkv", reads=_R.KVMEM, imm=records, rows_reg=_LEFT, heads=plan.model.kv_heads,
-             head_beats=plan.head_dim // config.beat_elements, record=plan.record, **where)
+        emit("loadkv", reads=_R.KVMEM, imm=records, rows_reg=_LEFT, **plan.record_fields, **where)
         emit("matmul", reads=_R.MQ, x=on_chip["mq"], mode=MatmulMode.QK, **heads,
              n_tiles=config.tile_tokens // config.columns, k_tiles=head_rows, row_stride=plan.rows(plan.q_width),
              group_stride=head_rows, head_stride=plan.groups * head_rows, beats=tile)

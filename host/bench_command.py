@@ -42,6 +42,7 @@ def kv(tokens: Annotated[str, typer.Option("--tokens", metavar="128,1024", help=
        routers: Annotated[str | None, typer.Option("--routers", help="Its routers.")] = None,
        sequences: Annotated[str | None, typer.Option("--sequences", help=".npz file with the text they read, `tokens`, "
                                                                          "integers [n, length].")] = None,
+       kv_format: Annotated[str, typer.Option("--kv-format", metavar="fp16|12|8", help="Of KV records.")] = "fp16",
        device: Annotated[str, typer.Option("--device", help="functional, or rtl for cycles too.")] = "functional",
        memory: Annotated[str | None, typer.Option("--memory", help="Timing of simulated memory: hbm or ideal. Default: "
                                                                    "hbm.")] = None,
@@ -70,10 +71,11 @@ def kv(tokens: Annotated[str, typer.Option("--tokens", metavar="128,1024", help=
     rows = []
     with progress("opening") as update:
         for row in measure(chosen, settings, contexts, patterns, sizes, device, lambda line: update(None, line[:80]),
-                           lambda done: update(None, f"{done} tokens stored"), **options):
+                           lambda done: update(None, f"{done} tokens stored"), kv_format, **options):
             rows.append(row)
             update(None, f"{row.pattern}, {row.tokens} tokens")
-    report = {"config": chosen.name, "device": device, "memory": options.get("memory"), "layers": settings.layers,
+    report = {"config": chosen.name, "device": device, "memory": options.get("memory"), "kv_format": kv_format,
+              "layers": settings.layers,
               "kv_heads": settings.kv_heads, "head_dim": settings.head_dim, "skip": skip,
               "rows": [row.as_json() for row in rows], "labels": LABELS}
     if output is not None:

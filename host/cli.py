@@ -68,6 +68,9 @@ BufferOption = Annotated[int | None, typer.Option("--buffer", metavar="BYTES", h
                                                   "records that later layers reuse. Default: all there is.")]
 ShareOption = Annotated[float | None, typer.Option("--kv-share", metavar="SHARE", help="With KV reuse, provide memory "
                                                    "for this part of all (layer, token) pairs, 0..1. Default: 1.")]
+FormatOption = Annotated[str | None, typer.Option("--kv-format", metavar="fp16|12|8", help="How KV records are stored: "
+                                                   "FP16, or 12 or 8 bits with one exponent for each head's key and "
+                                                   "value. Default: fp16.")]
 MemoryOption = Annotated[str | None, typer.Option("--memory", help="Timing of simulated memory: ideal or hbm. Default: "
                                                                    "ideal.")]
 WeightsOption = Annotated[str | None, typer.Option("--weights", metavar="KIND", help="Kind of the layers' linear "
@@ -89,8 +92,8 @@ def generate(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Tok
                                                                          "probability.")] = None,
              routers: RoutersOption = None, lora: LoraOption = None, kv: KvOption = None,
              force_skip: ForceOption = None, seed: SeedOption = 0, buffer: BufferOption = None,
-             kv_share: ShareOption = None, memory: MemoryOption = None, weights: WeightsOption = None,
-             as_json: JsonOption = False) -> None:
+             kv_share: ShareOption = None, kv_format: FormatOption = None, memory: MemoryOption = None,
+             weights: WeightsOption = None, as_json: JsonOption = False) -> None:
     """Continue a prompt; text on stdout as it comes, timings on stderr."""
     from .report import LABELS, Timing, memory_report, skip_report, summary_lines
     from .session import Routing, check_device, route_source
@@ -101,7 +104,7 @@ def generate(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Tok
     tokens = encode(source, *its_prompt, chat)
     sampling = _sampling(temp, top_k, top_p, seed)
     routed = route_source(source, Routing(routers=routers, kv=kv, force_skip=force_skip, seed=seed))
-    generator = _open_generator(device, config, context, *routed, _sizes(buffer, kv_share), memory)
+    generator = _open_generator(device, config, context, *routed, _sizes(buffer, kv_share, kv_format), memory)
     decoder = source.tokenizer.stream() if source.tokenizer else None
     text: list[str] = []
 
@@ -142,7 +145,8 @@ def compare(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Toke
             = "functional,rtl",
             config: ConfigOption = None, context: ContextOption = None, routers: RoutersOption = None,
             lora: LoraOption = None, kv: KvOption = None, force_skip: ForceOption = None, seed: SeedOption = 0,
-            buffer: BufferOption = None, kv_share: ShareOption = None, as_json: JsonOption = False) -> None:
+            buffer: BufferOption = None, kv_share: ShareOption = None, kv_format: FormatOption = None,
+            as_json: JsonOption = False) -> None:
     """Run two devices side by side; name the first instruction whose result differs, and exit with 1."""
     from .compare import compare as run
     from .report import MEMORY, memory_report, skip_report
@@ -154,7 +158,7 @@ def compare(model: ModelOption, prompt: PromptOption = None, prompt_tokens: Toke
     tokens = encode(source, *its_prompt, chat)
     model_of, its_routers, force = route_source(source, Routing(routers=routers, kv=kv, force_skip=force_skip,
                                                                seed=seed))
-    compiled = _compile(model_of, config, context, its_routers, _sizes(buffer, kv_share))
+    compiled = _compile(model_of, config, context, its_routers, _sizes(buffer, kv_share, kv_format))
     first, second = (_open_device(name, compiled, force) for name in names)
     total = len(tokens) + count - 1
     with progress("comparing", total) as update:
@@ -187,6 +191,7 @@ def evaluate(model: ModelOption,
              device: DeviceOption = "functional", config: ConfigOption = None,
              context: ContextOption = None, routers: RoutersOption = None, lora: LoraOption = None,
              kv: KvOption = None, force_skip: ForceOption = None, seed: SeedOption = 0, weights: WeightsOption = None,
+             kv_format: FormatOption = None,
              as_json: JsonOption = False) -> None:
     """Measure how near a device comes to the float reference: perplexity, KL, top-1 agreement.
 
@@ -214,7 +219,8 @@ def evaluate(model: ModelOption,
     reference = routed
     tested: Generator = routed
     if device != REFERENCE:
-        tested = _open_generator(device, config, context or length, model_of, its_routers, force)
+        tested = _open_generator(device, config, context or length, model_of, its_routers, force,
+                                 _sizes(None, None, kv_format))
     elif its_routers is not None:
         reference = ReferenceGenerator(source)
     if weights is not None:
@@ -292,7 +298,8 @@ def compile_command(model: ModelOption,
                     output: Annotated[str, typer.Option("-o", "--output", help="Bundle to write.")],
                     config: ConfigOption = None, context: ContextOption = None, routers: RoutersOption = None,
                     lora: LoraOption = None, kv: KvOption = None, buffer: BufferOption = None,
-                    kv_share: ShareOption = None, weights: WeightsOption = None, as_json: JsonOption = False) -> None:
+                    kv_share: ShareOption = None, kv_format: FormatOption = None, weights: WeightsOption = None,
+                    as_json: JsonOption = False) -> None:
     """Compile a model into one bundle file for a configuration."""
     from .bundle import save_bundle
     from .compiled import Compiled
@@ -302,7 +309,7 @@ def compile_command(model: ModelOption,
     if isinstance(source, Compiled):
         raise RequestError(f"{model} is already compiled, for configuration {source.config.name}")
     model_of, its_routers, _ = route_source(source, Routing(routers=routers, kv=kv))
-    compiled = _compile(model_of, config, context, its_routers, _sizes(buffer, kv_share))
+    compiled = _compile(model_of, config, context, its_routers, _sizes(buffer, kv_share, kv_format))
     with whole_file(output) as partial, progress(f"writing {output}"):
         save_bundle(partial, compiled)
         size = partial.stat().st_size
@@ -402,10 +409,12 @@ def _open(model: str, lora: str | None = None, weights: str | None = None) -> Mo
         return open_source(model, lora, weights)
 
 
-def _sizes(buffer: int | None, share: float | None) -> KvSizes | None:
+def _sizes(buffer: int | None, share: float | None, record_format: str | None) -> KvSizes | None:
     """What was asked for KV records; None for nothing."""
     from .plan import KvSizes
-    return None if buffer is None and share is None else KvSizes(buffer=buffer, share=1.0 if share is None else share)
+    if buffer is None and share is None and record_format is None:
+        return None
+    return KvSizes(buffer=buffer, share=1.0 if share is None else share, format=record_format or "fp16")
 
 
 def _compile(source: Model | Compiled, config: str | None, context: int | None, routers: Routers | None,

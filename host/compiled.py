@@ -34,6 +34,7 @@ class ImageMap:
     kv: str = ""  # KV mode of a program with routers, "" without
     places: int = 0  # KV records behind each port (KV reuse)
     buffer: int = 0  # KV records that the history buffer keeps for each port
+    kv_format: str = "fp16"  # of KV records, one of plan.KV_FORMATS
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
@@ -61,5 +62,5 @@ class Compiled:
             kind = "kv" if name.split(".")[0] == "kv" else name.split(".")[-1]
             kinds[kind] = kinds.get(kind, 0) + size * self.config.superbeat_bytes
         return {"configuration": self.config.name, "model": self.map.model, "instructions": len(self.program.words),
-                "chunk": self.map.chunk, "context": self.map.context, "kv": self.map.kv, "bytes": kinds,
-                "notes": list(self.notes)}
+                "chunk": self.map.chunk, "context": self.map.context, "kv": self.map.kv,
+                "kv_format": self.map.kv_format, "bytes": kinds, "notes": list(self.notes)}

@@ -53,7 +53,7 @@ def compile_model(model: Model, config: OverlayConfig, context: int | None = Non
     check : walk the finished program and verify it (see `passes.check`)
     fused : False gives every reduction (sum of squares, router scores, softmax maximum and sum) and every
         normalisation a pass of its own, with the same results: what the fusion saves, for measurements
-    kv : with KV reuse, memory and history buffer of its records; by default all that there is
+    kv : format of its records, with KV reuse also their memory and history buffer; by default FP16, and all there is
     Raises CapacityError if the model does not fit the configuration, CompileError for an impossible context or buffer,
     RouterError for routers of another model or beyond what the overlay computes.
     """
@@ -75,6 +75,7 @@ def compile_model(model: Model, config: OverlayConfig, context: int | None = Non
             regions=image.memory.regions, image=image.top, memory=image.memory.top, chunk=plan.chunk,
             context=plan.context, vocab=settings.vocab, logits_width=plan.logits_width, layers=settings.layers,
             model=settings.name, identity=model.identity, kv=plan.kv, places=plan.places, buffer=plan.buffer,
+            kv_format=plan.sizes.format,
             bos_id=settings.bos_id, eos_ids=settings.eos_ids))
 
 
@@ -262,7 +263,7 @@ class _Emitter:
         self.build.at(layer, "attention", f"kv.{layer}", rows)
         reuse = {"reuse": 1, "places": self.plan.places, "layer": layer} if self.plan.kv == "reuse" else {}
         self.build.emit("storekv", reads=_R.KVOUT, writes=_R.KVMEM, imm=self._records(layer),
-                        rows_reg=Register.TOKENS, x_reg=Register.POSITION, record=self.plan.record, **reuse)
+                        rows_reg=Register.TOKENS, x_reg=Register.POSITION, **self.plan.record_fields, **reuse)
 
     def _records(self, layer: int) -> int:
         """Address of the region with the KV records of a layer."""
@@ -289,7 +290,7 @@ class _Emitter:
         """Rows of keys, rotated, or of values from the array to their place in the records."""
         plan, table = self.plan, self.on_chip["rope"]
         head = plan.beats(plan.head_dim)
-        kvout = plan.record * self.config.beat_elements // self.config.vector_lanes
+        kvout = plan.kvout_record * self.config.beat_elements // self.config.vector_lanes
         rotation = {"table": table + 2 * head, "table_stride": 4 * head, "wrap": head} if tensor == "k" else {}
         self.build.emit("vrope", reads=_R.ROPE if rotation else _R(0), writes=_R.KVOUT,
                         imm=vector_imm(0, "kv".index(tensor) * kvout // 2),

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from skipopu.hw.config import OverlayConfig, preset
-from skipopu.hw.isa import Condition, Destination, MatmulMode, Register, Resource, RowList, RowScale
+from skipopu.hw.isa import Condition, Destination, KvFormat, MatmulMode, Register, Resource, RowList, RowScale
 from skipopu.hw.registers import DebugBuffer
 
 from .attention import AttentionTiles
@@ -35,7 +35,7 @@ KV_CONFIG = replace(preset("sim"), name="kv", kvbuf_heads=64, kvout_rows=2048)
 PATTERNS = ("dense", "random", "layerwise", "alternate", "routers")
 LABELS = dict.fromkeys(("memory_bytes", "buffer_bytes_served", "cycles", "physical_share", "effective_share",
                         "hit_rate", "storage_saved"), "simulated")
-_DATA = 65521  # FP16 numbers that records are filled with, over and over
+_DATA = 65521  # numbers of 16 bits that records are filled with, over and over
 _STRETCH = 128
 
 
@@ -178,7 +178,7 @@ class _Program:
         return Compiled(config=self.config, program=self.build.program(), image=image, map=ImageMap(
             regions=self.memory.regions, image=self.image, memory=self.memory.top, chunk=plan.chunk,
             context=plan.context, vocab=1 << 16, logits_width=0, layers=plan.model.layers, model="kv", identity="kv",
-            kv=plan.kv, places=plan.places, buffer=plan.buffer))
+            kv=plan.kv, places=plan.places, buffer=plan.buffer, kv_format=plan.sizes.format))
 
     def out_of(self, layer: int) -> int:
         """First ABUF row of a layer's sums; where ABUF is too small for all, of several layers in turn."""
@@ -210,16 +210,17 @@ class _Program:
                           RowList.ATTENTION if plan.kv and layer else RowList.ALL)
             reuse = {"reuse": 1, "places": plan.places, "layer": layer} if plan.kv else {}
             emit("storekv", reads=Resource.KVOUT, writes=Resource.KVMEM, imm=self.regions[layer],
-                 rows_reg=Register.TOKENS, x_reg=Register.POSITION, record=plan.record, **reuse)
+                 rows_reg=Register.TOKENS, x_reg=Register.POSITION, **plan.record_fields, **reuse)
 
 
 def measure(config: OverlayConfig, model: ModelConfig, contexts: Sequence[int], patterns: Sequence[Pattern],
             buffers: Sequence[int | None], device: str = "functional", log: Callable[[str], None] | None = None,
-            tell: Callable[[int], None] | None = None, **options: Any) -> Iterator[KvRow]:
+            tell: Callable[[int], None] | None = None, kv_format: str = "fp16", **options: Any) -> Iterator[KvRow]:
     """Rows by pattern, then by context in rising order, then by buffer; a dense pattern has no buffer.
 
     buffers : bytes of the history buffer, None for all of it; log : is told of steps of opening a device; tell : of
-    positions stored; options : of the device. Patterns that store alike share their set-up where they stand together.
+    positions stored; kv_format : of records, one of `plan.KV_FORMATS`; options : of the device. Patterns that store
+    alike share their set-up where they stand together.
     Raises CapacityError or CompileError for a context or buffer beyond the configuration, RequestError for results that
     depend on the buffer.
     """
@@ -233,7 +234,7 @@ def measure(config: OverlayConfig, model: ModelConfig, contexts: Sequence[int], 
             groups.append([pattern])
     for alike in groups:
         plans = [make_plan(config, model, max(contexts), "" if alike[0].stored is None else "reuse",
-                           KvSizes(buffer=size)) for size in buffers]
+                           KvSizes(buffer=size, format=kv_format)) for size in buffers]
         program = _Program(plans[0], sorted({plan.buffer for plan in plans}))
         bench = _Bench(program, alike[0].stored, device, log, options)
         with bench.accelerator.device:
@@ -273,7 +274,10 @@ class _Bench:
             self.context += count
             if tell:
                 tell(self.context)
-        data = np.random.default_rng(2).standard_normal(_DATA).astype(np.float16).view(np.uint8)
+        rng = np.random.default_rng(2)
+        data = rng.standard_normal(_DATA).astype(np.float16).view(np.uint8)
+        if self.program.plan.kv_format != KvFormat.FP16:  # any byte may be an exponent
+            data = rng.integers(12, 16, 2 * _DATA, np.uint8) + 32 * rng.integers(0, 8, 2 * _DATA, np.uint8)
         beat = config.port_bits // 8
         first = self.program.regions[0] * beat
         size = self.program.plan.region_superbeats * len(set(self.program.regions)) * beat

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from skipopu.hw.config import OverlayConfig
-from skipopu.hw.isa import MatmulMode
+from skipopu.hw.isa import KvFormat, MatmulMode
 
 __all__ = ["MemoryMap", "ceil_div", "interleave_gate_up", "kv_tile_superbeats", "pack_rows", "pack_weights", "pad_to",
            "record_beats", "row_superbeats", "scale_exponent", "stripe", "unpack_logits", "weight_superbeats"]
@@ -143,9 +143,9 @@ def stripe(config: OverlayConfig, image: np.ndarray, address: int, stream: np.nd
     ports[:, address : address + len(stream)] = stream.reshape(len(stream), config.ports, beat).transpose(1, 0, 2)
 
 
-def record_beats(config: OverlayConfig, kv_heads: int, head_dim: int) -> int:
+def record_beats(config: OverlayConfig, kv_heads: int, head_dim: int, record_format: KvFormat = KvFormat.FP16) -> int:
     """Port beats of one token's K and V in one layer, every head padded to whole lanes."""
-    return 2 * kv_heads * pad_to(head_dim, config.lanes) // config.beat_elements
+    return config.record_beats(kv_heads, pad_to(head_dim, config.lanes) // config.beat_elements, record_format)
 
 
 def kv_tile_superbeats(config: OverlayConfig, record: int) -> int:

@@ -10,24 +10,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from skipopu.hw.config import PRESETS, OverlayConfig
-from skipopu.hw.isa import COMMON, INSTRUCTIONS, MAX_LAYERS
+from skipopu.hw.isa import COMMON, INSTRUCTIONS, MAX_LAYERS, KvFormat
 
 from .errors import CapacityError, CompileError
 from .layout import ceil_div, kv_tile_superbeats, pad_to, record_beats, row_superbeats
 from .model import ModelConfig
 
-__all__ = ["DEFAULT_CONTEXT", "KvSizes", "Plan", "make_plan", "shortages"]
+__all__ = ["DEFAULT_CONTEXT", "KV_FORMATS", "KvSizes", "Plan", "make_plan", "shortages"]
 
 DEFAULT_CONTEXT = 2048
 _DECISION = 256  # superbeats that memory delivers about until a row is added up and scored
+KV_FORMATS = {"fp16": KvFormat.FP16, "12": KvFormat.B12, "8": KvFormat.B8}  #: by name: bits of an element
 _INNER_LIMIT = (1 << 16) - 1  # inner size of a matmul for which 48 accumulator bits are enough
 _FIELDS = {item.mnemonic: item.fields for item in INSTRUCTIONS}
 
 
 @dataclass(frozen=True)
 class KvSizes:
-    """What a program with KV reuse may spend on its records; without reuse nothing is asked for.
+    """What a program may spend on its KV records, and their format, one of KV_FORMATS.
 
+    Of share and buffer only programs with KV reuse make use.
     share : part of all (layer, position) pairs that memory holds records for, 0..1; it runs out with a fault where
         tokens execute attention more often
     buffer : bytes of the history buffer, all ports together; by default all of it
@@ -35,6 +37,7 @@ class KvSizes:
 
     share: float = 1.0
     buffer: int | None = None
+    format: str = "fp16"
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Plan:
     """Sizes of one model on one configuration. ABUF addresses and all strides are in vector beats, MBUF ones in rows.
 
     chunk : rows processed together at most; context : positions the KV region holds
-    kv : KV mode of a program with routers, "" without; sizes : of its records, with reuse
+    kv : KV mode of a program with routers, "" without; sizes : of its records
     """
 
     config: OverlayConfig
@@ -85,8 +88,23 @@ class Plan:
 
     @property
     def record(self) -> int:
-        """Port beats of one KV record."""
+        """Port beats of one KV record in memory."""
+        return record_beats(self.config, self.model.kv_heads, self.model.head_dim, self.kv_format)
+
+    @property
+    def kvout_record(self) -> int:
+        """Rows of KVOUT of one KV record."""
         return record_beats(self.config, self.model.kv_heads, self.model.head_dim)
+
+    @property
+    def kv_format(self) -> KvFormat:
+        return KV_FORMATS[self.sizes.format]
+
+    @property
+    def record_fields(self) -> dict[str, int]:
+        """Fields of LOADKV and STOREKV that say what a record is."""
+        return {"record": self.record, "format": self.kv_format, "heads": self.model.kv_heads,
+                "head_beats": self.head_dim // self.config.beat_elements}
 
     @property
     def tile_superbeats(self) -> int:
@@ -182,7 +200,7 @@ class Plan:
         yield "acc_rows (tokens x query heads per KV head)", self.chunk * self.groups, config.acc_rows
         yield "state_rows (query heads x tokens)", (model.heads - 1) * config.tokens + self.chunk, config.state_rows
         yield "kvbuf_heads (KV heads x head_dim / lanes)", self.rows(self.kv_width), config.kvbuf_heads
-        yield "kvout_rows (new K and V)", self.chunk * self.record, config.kvout_rows
+        yield "kvout_rows (new K and V)", self.chunk * self.kvout_record, config.kvout_rows
         yield "abuf_rows (activation buffer)", sum(self.abuf().values()), config.abuf_rows
         yield "mbuf_rows (mantissa buffer)", sum(self.mbuf().values()), config.mbuf_rows
         yield "inner size of a matmul", max(self.hidden, self.q_width, self.mlp), _INNER_LIMIT
@@ -218,9 +236,11 @@ def _shortage(plan: Plan) -> tuple[str, int, int] | None:
     return next((item for item in plan.requirements() if item[1] > item[2]), None)
 
 
-def shortages(config: OverlayConfig, model: ModelConfig, context: int, kv: str = "") -> list[tuple[str, int, int]]:
+def shortages(config: OverlayConfig, model: ModelConfig, context: int, kv: str = "",
+              sizes: KvSizes | None = None) -> list[tuple[str, int, int]]:
     """(limit, needed, available) of everything that is too small for even one row at a time."""
-    return [item for item in _largest(config, model, context, kv, KvSizes()).requirements() if item[1] > item[2]]
+    plan = _largest(config, model, context, kv, sizes or KvSizes())
+    return [item for item in plan.requirements() if item[1] > item[2]]
 
 
 def _largest(config: OverlayConfig, model: ModelConfig, context: int, kv: str, sizes: KvSizes) -> Plan:
@@ -238,10 +258,10 @@ def make_plan(config: OverlayConfig, model: ModelConfig, context: int | None = N
 
     context : positions to provide for, 1..model.context; by default the model's, but at most 2048, and with KV reuse at
         most those whose written layers the configuration remembers
-    kv : KV mode of a program with routers, "" without; sizes : of the KV records, with reuse
-    Raises CompileError for a context outside the model's, for a share outside 0..1 and a history buffer larger than the
-    configuration's, CapacityError if not even one row at a time fits: the message names the limit, what is needed, and
-    the presets that would do.
+    kv : KV mode of a program with routers, "" without; sizes : of the KV records
+    Raises CompileError for a context outside the model's, for a share outside 0..1, a history buffer larger than the
+    configuration's and a KV format that it does not have, CapacityError if not even one row at a time fits: the message
+    names the limit, what is needed, and the presets that would do.
     """
     if context is None:
         context = min(model.context, DEFAULT_CONTEXT, config.history_tokens if kv == "reuse" else DEFAULT_CONTEXT)
@@ -250,6 +270,12 @@ def make_plan(config: OverlayConfig, model: ModelConfig, context: int | None = N
     sizes = sizes or KvSizes()
     if not 0 <= sizes.share <= 1:
         raise CompileError(f"the share of KV records that memory holds must be 0..1, not {sizes.share:g}")
+    if sizes.format not in KV_FORMATS:
+        raise CompileError(f"KV format must be {', '.join(KV_FORMATS)}, not {sizes.format!r}")
+    if sizes.format != "fp16" and not config.kv_narrow:
+        others = [name for name, other in PRESETS.items() if other.kv_narrow]
+        raise CompileError(f"configuration {config.name} has KV records in FP16 only, not in {sizes.format} bits; use "
+                           f"KV format fp16, or configuration {' or '.join(others)}")
     capacity = config.buffer_beats * config.superbeat_bytes
     if sizes.buffer is not None and not 0 <= sizes.buffer <= capacity:
         raise CompileError(f"the history buffer of configuration {config.name} has {capacity} bytes; ask for "

@@ -98,7 +98,7 @@ def compile_source(source: Model | Compiled, config: str | None = None, context:
                    routers: Routers | None = None, kv: KvSizes | None = None) -> Compiled:
     """The compiled model: a Model is compiled for ``config`` (by default `sim`), a bundle must have been.
 
-    kv : sizes for KV records, not for a bundle, which has its own
+    kv : sizes and format of KV records, not for a bundle, which has its own
     Raises ConfigError for an unknown configuration, BundleError for a bundle of another configuration or context,
     CompileError if the model does not fit, RouterError for routers that the overlay cannot run.
     """
@@ -106,7 +106,8 @@ def compile_source(source: Model | Compiled, config: str | None = None, context:
     if isinstance(source, Model):
         return compile_model(source, chosen or preset(DEFAULT_CONFIG), context, routers, kv=kv)
     if kv is not None:
-        raise BundleError("a bundle is made with its KV memory; give --buffer and --kv-share to compile")
+        raise BundleError("a bundle is made with its KV memory; give --buffer, --kv-share and --kv-format to "
+                          "compile")
     if chosen is not None and chosen.config_hash != source.config.config_hash:
         raise BundleError(f"the bundle is made for configuration {source.config.name} "
                           f"({source.config.config_hash:#010x}), not {chosen.name} ({chosen.config_hash:#010x}); "

@@ -8,7 +8,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from skipopu.hw.isa import MAX_LAYERS
+from skipopu.hw.isa import MAX_LAYERS, KvFormat
 
 __all__ = ["ConfigError", "DSPS", "OverlayConfig", "PRESETS", "preset"]
 
@@ -49,13 +49,14 @@ class OverlayConfig:
     queue_depth: int = 8  #: instructions waiting per unit
     cache_words: int = 256  #: instruction cache, 256-bit words
     dsp: str = "generic"  #: multipliers that the PE array is made of, one of DSPS; changes no result and no timing
+    kv_narrow: bool = True  #: formats of KV records other than FP16
     counters: bool = True  #: of cycles and events; without, their registers read zero; changes no result and no timing
 
     def __post_init__(self):
         plain = {"name", "state_rows", "dsp"} | ({"buffer_beats"} if self.buffer_beats == 0 else set())
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in plain or field.name == "counters":
+            if field.name in plain or field.name in ("counters", "kv_narrow"):
                 continue
             if not isinstance(value, int) or value < 1 or value & (value - 1):
                 raise ConfigError(f"{field.name} must be a power of two, not {value!r}")
@@ -132,6 +133,14 @@ class OverlayConfig:
         """Consecutive tiles of a column tile that one set of scales serves if 2^group blocks share a scale."""
         return max((1 << group) // self.blocks, 1)
 
+    def record_beats(self, heads, head_beats, record_format=KvFormat.FP16):
+        """Port beats of a KV record of so many heads, each of which takes ``head_beats`` in FP16."""
+        units = heads * head_beats
+        if record_format == KvFormat.FP16:
+            return 2 * units
+        low = -(-units // 2) if record_format == KvFormat.B12 else 0
+        return -(-heads // self.beat_elements) + units + low
+
     def scale_chunk(self, minimum, group=0):
         """(superbeats, scale sets) of one scale chunk of the weight stream.
 
@@ -170,7 +179,7 @@ PRESETS = {
             name="ulx3s", lanes=4, columns=8, ports=2, port_bits=64, vector_lanes=2, tokens=2, acc_rows=8,
             abuf_rows=1024, mbuf_rows=256, kvbuf_heads=16, router_rows=256, history_tokens=256, history_layers=16,
             buffer_beats=0, kvout_rows=256, state_rows=16, fifo_beats=16, burst_beats=8, outstanding=4, queue_depth=4,
-            cache_words=64, dsp="mult18x18d",
+            cache_words=64, dsp="mult18x18d", kv_narrow=False,
         ),
     ]
 }

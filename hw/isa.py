@@ -22,8 +22,8 @@ from enum import IntEnum, IntFlag
 
 __all__ = [
     "COMMON", "CONTROL", "Condition", "Destination", "Field", "HEADER", "INSTRUCTIONS", "ISA_VERSION", "Instruction",
-    "IsaError", "MAX_LAYERS", "MatmulMode", "OPCODES", "REGISTERS", "ROUTER_ROWS_AT", "Register", "Resource", "RowList",
-    "RowScale", "Unit", "WORD_BITS", "assemble", "decode", "disassemble", "encode", "markdown",
+    "IsaError", "KvFormat", "MAX_LAYERS", "MatmulMode", "OPCODES", "REGISTERS", "ROUTER_ROWS_AT", "Register",
+    "Resource", "RowList", "RowScale", "Unit", "WORD_BITS", "assemble", "decode", "disassemble", "encode", "markdown",
 ]
 
 ISA_VERSION = 4
@@ -118,6 +118,17 @@ class MatmulMode(IntEnum):
     W8 = 2  #: two 4-bit planes of an int8 code (high, then low), one FP16 scale
     QK = 3  #: tile from the KV buffer, columns are tokens, lanes are dimensions
     PV = 4  #: tile from the KV buffer, lanes are tokens, columns are dimensions
+
+
+class KvFormat(IntEnum):
+    """How a KV record lies in memory. Narrow ones exist where the configuration has `kv_narrow`; with n = heads *
+    head_beats and E FP16 elements to a port beat they are ceil(heads / E) beats of exponents (for each head a byte of
+    its key and a byte of its value), n beats of high planes (8 bits of every element, all keys, then all values),
+    and for B12 ceil(n / 2) beats of low planes (4 bits of every element)."""
+
+    FP16 = 0  #: elements in FP16, all keys, then all values
+    B12 = 1  #: sign and 11 bits, one exponent for each head's key and one for its value
+    B8 = 2  #: sign and 7 bits, likewise
 
 
 class RowScale(IntEnum):
@@ -272,7 +283,8 @@ INSTRUCTIONS = (
                 _place([Field("heads", 8, "KV heads"), Field("head_beats", 8, "port beats of one head"),
                         Field("record", 16, "port beats of one record"), Field("reuse", 1, "follow the pointers"),
                         Field("layer", 6, "layer"), Field("final", 1, "no later layer: nothing is retained"),
-                        Field("buffer", 16, "records per port that the history buffer may hold, 0 for none")], BODY)),
+                        Field("buffer", 16, "records per port that the history buffer may hold, 0 for none"),
+                        Field("format", 2, "KvFormat")], BODY)),
 
     Instruction("matmul", 0x20, Unit.COMPUTE,
                 "Multiply rows of MBUF by the tile stream, deliver rows to the vector unit.",
@@ -322,11 +334,15 @@ INSTRUCTIONS = (
     Instruction("storekv", 0x40, Unit.STORE, "Write new KV records to memory.",
                 "for t < rows in list: position = x + t; port = position mod P; place = position div P; with reuse "
                 "place = the next free one of the port, noted as pointer[position] of the layer (position 0 in layer 0 "
-                "begins anew: all places free); memory[port][imm + place*record ..] = kvout[t*record ..]",
+                "begins anew: all places free); memory[port][imm + place*record ..] = kvout[t*size ..] in the format, "
+                "size = record for FP16, otherwise 2*heads*head_beats",
                 {"imm": "superbeat address", "rows": "tokens", "x": "position of the first token"},
                 _place([Field("record", 16, "port beats of one record"), Field("layer", 6, "layer"),
                         Field("reuse", 1, "allocate"),
-                        Field("places", 16, "records per port that memory holds (reuse)")], BODY)),
+                        Field("places", 16, "records per port that memory holds (reuse)"),
+                        Field("format", 2, "KvFormat"),
+                        Field("heads", 8, "KV heads, for formats other than FP16"),
+                        Field("head_beats", 8, "rows of KVOUT of one head, likewise")], BODY)),
     Instruction("storel", 0x41, Unit.STORE, "Write logits to memory.",
                 "for i < rows*count: memory[imm + i] = superbeat of store_stream (rows of vlogits packed without gaps)",
                 {"imm": "superbeat address", "rows": "rows"}, _place([Field("count", 24, "superbeats per row")], BODY)),
@@ -336,8 +352,8 @@ OPCODES = {item.opcode: item for item in INSTRUCTIONS}
 _BY_NAME = {item.mnemonic: item for item in INSTRUCTIONS}
 
 _ENUMS = {"mode": MatmulMode, "scale": RowScale, "dest": Destination, "list": RowList, "condition": Condition,
-          "reads": Resource, "writes": Resource, "imm_reg": Register, "rows_reg": Register, "x_reg": Register,
-          "rd": Register}
+          "format": KvFormat, "reads": Resource, "writes": Resource, "imm_reg": Register, "rows_reg": Register,
+          "x_reg": Register, "rd": Register}
 
 
 def encode(mnemonic, **values):
@@ -437,7 +453,7 @@ def markdown():
                 lines += [f"| {f.name} | {f.lo + f.bits - 1}:{f.lo} | {f.minimum}..{f.maximum} | {doc} |"
                           for f, doc in rows]
                 lines += [""]
-    for kind in (Resource, Register, RowList, Condition, MatmulMode, RowScale, Destination):
+    for kind in (Resource, Register, RowList, Condition, MatmulMode, KvFormat, RowScale, Destination):
         lines += ["", f"## {kind.__name__}", "", (kind.__doc__ or "").strip(), ""]
         lines += [f"- `{member.name}` = {int(member)}" for member in kind]
     return "\n".join(lines) + "\n"

@@ -45,6 +45,7 @@ class FaultCause(IntEnum):
     TOKEN_RANGE = 9  #: a token table index at or beyond TOKENS
     KV_POINTER = 10  #: the pointer of a KV record is damaged, or names none of the running sequence
     KV_FULL = 11  #: no place is left for a KV record behind a port
+    KV_FORMAT = 12  #: a format of KV records that the configuration does not have
 
 
 class Control(IntFlag):

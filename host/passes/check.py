@@ -190,10 +190,17 @@ def _load(state: _State, mnemonic: str, f: dict[str, int]) -> None:
         state.require(len(state.tiles) <= 2 * _TILE_SLOTS, f"the KV buffer holds {_TILE_SLOTS} tiles")
 
 
-def _load_tile(state: _State, f: dict[str, int]) -> None:
-    config = state.plan.config
-    record = 2 * f["heads"] * f["head_beats"]
+def _record(state: _State, f: dict[str, int]) -> int:
+    """Port beats of a record of LOADKV or STOREKV."""
+    config, wanted = state.plan.config, state.plan.kv_format
+    state.require(f["format"] == wanted, f"format must be {wanted.name}, not {f['format']}")
+    record = config.record_beats(f["heads"], f["head_beats"], wanted)
     state.require(f["record"] == record, f"record must be {record}, not {f['record']}")
+    return record
+
+
+def _load_tile(state: _State, f: dict[str, int]) -> None:
+    config, record = state.plan.config, _record(state, f)
     used = f["heads"] * f["head_beats"] * config.beat_elements // config.lanes
     state.require(used <= config.kvbuf_heads, f"the KV buffer holds {config.kvbuf_heads} heads, not {used}")
     tokens = min(f["rows"], config.tile_tokens)
@@ -286,8 +293,9 @@ def _store(state: _State, mnemonic: str, f: dict[str, int], rows: tuple[int, ...
         state.logits = None
         state.memory(f["imm"], f["rows"] * f["count"], ("logits",), write=True)
         return
-    record = f["record"] * config.beat_elements // config.vector_lanes
-    records = _offsets((rows, record), (record, 1))
+    _record(state, f)
+    size = config.record_beats(f["heads"], f["head_beats"]) * config.beat_elements // config.vector_lanes
+    records = _offsets((rows, size), (size, 1))
     state.touch("kvout", records, write=False)
     state.written["kvout"][records] = False  # stored once
     if f["reuse"]:

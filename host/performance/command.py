@@ -36,12 +36,15 @@ def profile(model: Annotated[str, typer.Option("-m", "--model", help="GGUF file,
                                                                 "reuse or dense.")] = None,
             force_skip: Annotated[float | None, typer.Option("--force-skip", metavar="RATE", help="Skip this share of "
                                                              "the modules at random, 0..1.")] = None,
+            kv_format: Annotated[str | None, typer.Option("--kv-format", metavar="fp16|12|8", help="Of KV records.")]
+            = None,
             memory: Annotated[str, typer.Option("--memory", help="Simulated or predicted memory: ideal or hbm "
                                                               "(timed).")] = "ideal",
             seed: Annotated[int, typer.Option("--seed", min=0, help="Of the random numbers.")] = 0,
             as_json: JsonOption = False) -> None:
     """Show where the cycles of a generation go: timeline, stalls by cause, roofline, costliest instructions."""
     from ..errors import RequestError
+    from ..plan import KvSizes
     from ..session import REFERENCE, Routing, check_device, compile_source, open_source, route_source
     from ..session import prompt_tokens as encode
     from .profile import FILES, open_profiled, write_profile
@@ -55,7 +58,8 @@ def profile(model: Annotated[str, typer.Option("-m", "--model", help="GGUF file,
     tokens = encode(source, prompt, prompt_tokens)
     routed, its_routers, force = route_source(source, Routing(routers=routers, kv=kv, force_skip=force_skip, seed=seed))
     with progress("compiling"):
-        compiled = compile_source(routed, config, context, its_routers)
+        sizes = None if kv_format is None else KvSizes(format=kv_format)
+        compiled = compile_source(routed, config, context, its_routers, sizes)
     with progress(f"opening {device}") as update:
         accelerator = open_profiled(device, compiled, lambda line: update(None, line[:80]), force, memory)
     with accelerator.device, progress(f"generating {count} tokens", count) as update:
@@ -94,6 +98,7 @@ def fit(model: Annotated[str | None, typer.Option("-m", "--model", help="GGUF fi
         weights: Annotated[str, typer.Option("--weights", help="Kind of weights for --geometry: q4_0, q4_g64, q4_g128, "
                                                                "with minima q4_1, q4m_g64, q4m_g128, or q8_0.")]
         = "q4_0",
+        kv_format: Annotated[str, typer.Option("--kv-format", metavar="fp16|12|8", help="Of KV records.")] = "fp16",
         memory: Annotated[str, typer.Option("--memory", help="Model of the memory: hbm (timed) or ideal.")] = "hbm",
         seed: Annotated[int, typer.Option("--seed", min=0, help="Of the modules that are skipped.")] = 1,
         as_json: JsonOption = False) -> None:
@@ -103,13 +108,14 @@ def fit(model: Annotated[str | None, typer.Option("-m", "--model", help="GGUF fi
     chosen = preset(config)
     shape, kind = _shape(model, geometry, weights)
     workload = Workload(prompt=prompt, count=count, skip=skip, kv=kv or ("reuse" if skip else ""), kind=kind,
-                        memory=memory, seed=seed)
+                        memory=memory, seed=seed, kv_format=kv_format)
     with progress(f"predicting {shape.name}") as update:
         found = run(shape, chosen, workload, lambda line: update(None, line))
     if as_json:
         values = found.as_json()
         print_json({"model": shape.name, "config": chosen.name, "prompt": prompt, "tokens": count, "skip": skip,
-                    "kv": workload.kv, "memory": memory, **values, "labels": dict.fromkeys(values, "predicted")})
+                    "kv": workload.kv, "kv_format": kv_format, "memory": memory, **values,
+                    "labels": dict.fromkeys(values, "predicted")})
     else:
         mib = found.port_bytes / 2**20
         room = f" of {found.port_capacity / 2**20:.0f}" if found.port_capacity else ""
@@ -139,6 +145,8 @@ def explore(output: Annotated[str, typer.Option("-o", "--output", help="Folder f
             geometry: Annotated[str, typer.Option("--geometry", help="Shapes, with commas.")]
             = "llama2-7b,smollm2-135m",
             skip: Annotated[str, typer.Option("--skip", help="Shares of skipped modules, with commas.")] = "0,0.25",
+            kv_format: Annotated[str, typer.Option("--kv-format", help="Formats of KV records (fp16, 12, 8), with "
+                                                                       "commas.")] = "fp16",
             prompt: Annotated[int, typer.Option("--prompt", help="Tokens of the prompt.")] = 128,
             count: Annotated[int, typer.Option("-n", "--tokens", help="Tokens generated behind it.")] = 1024,
             weights: Annotated[str, typer.Option("--weights", help="Kind of weights, as of `skipopu fit`.")] = "q4_0",
@@ -156,7 +164,7 @@ def explore(output: Annotated[str, typer.Option("-o", "--output", help="Folder f
     axes = dict(_axis(text) for text in sweep or ("lanes=32,64", "columns=64,128", "ports=16,32"))
     chosen = Sweep(base=preset(config), axes=axes, geometries=tuple(geometry.split(",")),
                    skips=tuple(_numbers("--skip", skip, float)), prompt=prompt, count=count, weights=weights,
-                   memory=memory)
+                   memory=memory, kv_formats=tuple(kv_format.split(",")))
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     with progress("exploring", len(list(chosen.points()))) as update:

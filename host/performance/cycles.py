@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from skipopu.hw.config import OverlayConfig
-from skipopu.hw.isa import Destination, MatmulMode, Unit
+from skipopu.hw.isa import Destination, KvFormat, MatmulMode, Unit
 
 from ..layout import ceil_div
 from ..passes.check import TAKES_STREAM
@@ -471,11 +471,16 @@ class _Machine:
             responses = [self._write(last, count, f["imm"], None)]
         else:
             last, responses = start + cycles.store - 1, []
+            moving, elements = f["record"], config.beat_elements
+            if f["format"]:  # KVOUT is read for the exponents, which a tree of four to one finds, and for each plane
+                passes = 3 if f["format"] == KvFormat.B12 else 2
+                tree = ceil_div(elements.bit_length() - 1, 2)
+                moving = passes * 2 * f["heads"] * f["head_beats"] + tree + cycles.pack
             for row in range(f["rows"]):
                 if not f["mask"] >> row & 1:
                     last += 1
                     continue
-                last += f["record"] + cycles.place * f["reuse"]
+                last += moving + cycles.place * f["reuse"]
                 position = f["x"] + row
                 address, port = f["imm"] + position // config.ports * f["record"], position % config.ports
                 responses.append(self._write(last, f["record"], address, port))

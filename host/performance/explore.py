@@ -18,6 +18,7 @@ from typing import Any
 from skipopu.hw.config import ConfigError, OverlayConfig
 
 from ..errors import CompileError, RequestError
+from ..plan import KV_FORMATS
 from .fit import Workload, fit
 from .geometries import find_geometry
 from .outline import check_kind
@@ -25,7 +26,7 @@ from .resources import estimate_resources
 
 __all__ = ["AXES", "ExploreError", "Point", "Sweep", "VERSION", "draw", "evaluate", "explore", "pareto", "table"]
 
-VERSION = 1
+VERSION = 2  # 2: formats of KV records
 _FORMAT = "skipopu-explore"
 AXES = ("lanes", "columns", "ports", "vector_lanes", "fifo_beats", "kvbuf_heads", "tokens")  #: what may be swept
 _BATCH = 4  # points that a worker gets before results are written
@@ -37,11 +38,12 @@ class ExploreError(RequestError):
 
 @dataclass(frozen=True)
 class Point:
-    """One configuration, model and skip rate. sizes : of `AXES`, in place of the base configuration's"""
+    """One configuration, model, skip rate and format of KV records. sizes : of `AXES`, in place of the base's"""
 
     geometry: str
     skip: float
     sizes: tuple[tuple[str, int], ...]
+    kv_format: str = "fp16"
 
     @property
     def key(self) -> str:
@@ -59,6 +61,7 @@ class Sweep:
     axes: dict[str, tuple[int, ...]]
     geometries: tuple[str, ...]
     skips: tuple[float, ...]
+    kv_formats: tuple[str, ...] = ("fp16",)
     prompt: int = 128
     count: int = 1024
     kv: str = "reuse"
@@ -72,13 +75,17 @@ class Sweep:
         for name in self.geometries:
             find_geometry(name)
         check_kind(self.weights)
+        for name in self.kv_formats:
+            if name not in KV_FORMATS:
+                raise RequestError(f"KV format must be {', '.join(KV_FORMATS)}, not {name!r}")
 
     def points(self) -> Iterator[Point]:
         names = list(self.axes)
         for values in itertools.product(*self.axes.values()):
             for geometry in self.geometries:
                 for skip in self.skips:
-                    yield Point(geometry, skip, tuple(zip(names, values)))
+                    for kv_format in self.kv_formats:
+                        yield Point(geometry, skip, tuple(zip(names, values)), kv_format)
 
     def settings(self) -> dict[str, Any]:
         """What all points have in common: those of a file with other ones do not compare."""
@@ -88,14 +95,15 @@ class Sweep:
 
 def evaluate(sweep: Sweep, point: Point) -> dict[str, Any]:
     """One point as plain values: rates and resources, or under ``refused`` why it cannot be built or does not fit."""
-    found: dict[str, Any] = {"geometry": point.geometry, "skip": point.skip, "sizes": dict(point.sizes)}
+    found: dict[str, Any] = {"geometry": point.geometry, "skip": point.skip, "kv_format": point.kv_format,
+                             "sizes": dict(point.sizes)}
     try:
         config = replace(sweep.base, name="explored", **dict(point.sizes))
     except ConfigError as error:
         return found | {"refused": str(error)}
     found |= {"resources": estimate_resources(config)}
     workload = Workload(prompt=sweep.prompt, count=sweep.count, skip=point.skip, kv=sweep.kv if point.skip else "",
-                        kind=sweep.weights, memory=sweep.memory)
+                        kind=sweep.weights, memory=sweep.memory, kv_format=point.kv_format)
     try:
         fitted = fit(find_geometry(point.geometry), config, workload, samples=1)
     except CompileError as error:
@@ -218,7 +226,8 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
         own = [item for item in results if (item["geometry"], item["skip"]) == (geometry, skip)]
         for index in pareto(own):
             item = own[index]
-            sizes = ", ".join(f"{name} {value}" for name, value in item["sizes"].items())
+            named = item["sizes"] | ({} if item["kv_format"] == "fp16" else {"KV bits": item["kv_format"]})
+            sizes = ", ".join(f"{name} {value}" for name, value in named.items())
             cost = item["resources"]
             lines.append(f"| {geometry} | {skip:.0%} | {sizes} | {item['tokens_per_second']:.1f} | {item['bound']} | "
                          f"{item['share_of_peak']:.1%} | {cost['luts']:,} | {cost['dsps']:,} |")
@@ -247,6 +256,7 @@ def draw(path: str | Path, results: Sequence[dict[str, Any]], title: str, kind: 
             axes.plot(*zip(*(places[index] for index in best)), "o-", color=f"C{number}", label=f"{skip:.0%} skipped")
             for index in best:
                 text = " ".join(f"{size[0]}{value}" for size, value in own[index]["sizes"].items())
+                text += "" if own[index]["kv_format"] == "fp16" else f" KV{own[index]['kv_format']}"
                 axes.annotate(text, places[index], fontsize=6, xytext=(4, -8), textcoords="offset points")
         axes.set(title=name, xlabel="thousand LUTs (estimated)", ylabel="tokens/s (predicted)")
         axes.legend(fontsize=8)

@@ -14,7 +14,7 @@ from ..errors import CapacityError, RequestError
 from ..model import Model, ModelConfig
 from ..passes.walk import Arguments
 from ..passes.weights import pair_kind
-from ..plan import shortages
+from ..plan import KvSizes, shortages
 from ..routes import RandomRoutes, words_of_routes
 from .cycles import Predicted, predict
 from .memory import Channel, memory_model
@@ -31,6 +31,7 @@ class Workload:
 
     skip : share of the modules that tokens skip; kv : mode for those that skip attention, "" without routers
     kind : of the weights, see `outline`; memory : model of it, see `memory.MODELS`; seed : of the skipped modules
+    kv_format : of KV records, one of `plan.KV_FORMATS`
     """
 
     prompt: int = 128
@@ -40,6 +41,7 @@ class Workload:
     kind: str | Kind = "q4_0"
     memory: str = "hbm"
     seed: int = 1
+    kv_format: str = "fp16"
 
     def __post_init__(self) -> None:
         if self.prompt < 1 or self.count < 1:
@@ -142,11 +144,11 @@ def fit(model: ModelConfig, config: OverlayConfig, workload: Workload,
 
     Raises CapacityError with everything that is too small, CompileError for a context beyond the model's.
     """
-    context = workload.prompt + workload.count
+    context, sizes = workload.prompt + workload.count, KvSizes(format=workload.kv_format)
     try:
-        program = outline(model, config, context, kv=workload.kv, kind=workload.kind)
+        program = outline(model, config, context, kv=workload.kv, kind=workload.kind, sizes=sizes)
     except CapacityError as error:
-        short = shortages(config, model, context, workload.kv)
+        short = shortages(config, model, context, workload.kv, sizes)
         more = "".join(f"; {name} must be at least {needed} but is {there}" for name, needed, there in short[1:])
         raise CapacityError(f"{error}{more}") from None
     places = np.linspace(0, 1, samples) if samples > 1 else [0.5]

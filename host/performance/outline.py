@@ -13,7 +13,7 @@ from ..image import WeightStream
 from ..layout import MemoryMap, ceil_div, row_superbeats, weight_superbeats
 from ..model import GROUPS, ModelConfig
 from ..passes.weights import Padding, mode_of, shared_blocks
-from ..plan import Plan, make_plan
+from ..plan import KvSizes, Plan, make_plan
 from ..program import WORD_BYTES, Program
 
 __all__ = ["Outline", "check_kind", "outline"]
@@ -92,18 +92,18 @@ def check_kind(kind: str) -> None:
 
 
 def outline(model: ModelConfig, config: OverlayConfig, context: int | None = None, *, kv: str = "",
-            kind: str | Kind = "q4_0", fused: bool = True) -> Outline:
+            kind: str | Kind = "q4_0", fused: bool = True, sizes: KvSizes | None = None) -> Outline:
     """The program that `compile_model` would write for a model of this shape.
 
     kv : "reuse" or "dense" for a program with routers, "" without; kind : of the weights (`model.GROUPS`), also by
-        name of a matmul (``layers.0.gate_up``, ``head``)
+        name of a matmul (``layers.0.gate_up``, ``head``); sizes : of the KV records
     Raises CapacityError, CompileError as the compiler does, RequestError for an unknown kind or KV mode.
     """
     if kv not in ("", "reuse", "dense"):
         raise RequestError(f"kv must be reuse or dense, not {kv!r}")
     if isinstance(kind, str):
         check_kind(kind)
-    plan = make_plan(config, model, context, kv)
+    plan = make_plan(config, model, context, kv, sizes)
     placement = _Placement(plan, kind if callable(kind) else lambda name: kind)
     program = emit_program(plan, placement, [[0, 0]] * model.layers if kv else None, fused)
     placement.memory.add("program", ceil_div(len(program.words) * WORD_BYTES * 8, config.port_bits))

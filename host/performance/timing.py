@@ -43,6 +43,7 @@ class Cycles:
     store: int = 4  #: command taken to the first beat handed over
     place: int = 4  #: the place of a record with reuse
     record_end: int = 3  #: last beat of a record to the one before the first of the next
+    pack: int = 3  #: more for a record in a narrow format, beside its passes
     logits: int = 9  #: last beat of logits issued to the last superbeat handed over
     write: int = 3  #: last beat handed over to the first of its burst at the port
     settle: int = 2  #: last response to done

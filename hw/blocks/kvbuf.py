@@ -2,11 +2,14 @@
 
 Memory holds FP16; the array multiplies integers of KV_BITS. While a tile is written the largest exponent of each head
 of each token is found; while it is read every element is shifted to that exponent (docs/numerics.md, Keys and values).
+Narrow records (`isa.KvFormat`) bring their exponents, and mantissas that only have to be put together.
 
 Each port writes its own records, when they arrive, into memories of its own: one for even, one for odd rows of records.
 A tile is read from both in a cycle: beat b of the records of tokens r*P .. r*P + 2P-1, r even, at address {slot, r, b}.
 So the array can take tiles at twice the pace of the memory ports, which is what they supply with the history buffer.
-All sizes are powers of two, so a tile's addresses are joined fields and one addition.
+All sizes are powers of two, so a tile's addresses are joined fields and one addition. Where there are narrow records
+such a memory is two halves: beats of FP16 fill one behind the other, high planes lie in the first, low planes in the
+second, so that both planes of E elements are read in a cycle.
 """
 
 import numpy as np
@@ -16,6 +19,7 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from ..formats import KV_BITS
+from ..isa import KvFormat
 from .kvintake import EXPONENT_BITS, TILE_NUMBERS, KvPort, KvRecord, KvShape
 from .trees import tree_sum
 
@@ -39,15 +43,19 @@ def KvTile(config):
 class KvShift(wiring.Component):
     """The FP16 elements of a port beat as mantissas of one exponent (docs/numerics.md, Keys and values).
 
+    A narrow element has them already: sign and magnitude, 8 bits in its high and 4 in its low plane.
+
     Members
     -------
     beat : In(16 per element); shared : In(5), the exponent; zero : In(1), the beat is beyond the head's end
+    narrow : In(1), the elements are in ``high``, In(8 per element), and ``low``, In(4 per element), instead
     en : In(2), register enables; o : Out(signed(KV_BITS)) per element, 2 cycles later
     """
 
     def __init__(self, *, elements):
         self._elements = elements
         super().__init__({"beat": In(16 * elements), "shared": In(EXPONENT_BITS), "zero": In(1), "en": In(2),
+                          "narrow": In(1), "high": In(8 * elements), "low": In(4 * elements),
                           "o": Out(signed(KV_BITS)).array(elements)})
 
     def elaborate(self, platform):
@@ -55,14 +63,17 @@ class KvShift(wiring.Component):
         for index in range(self._elements):
             word = self.beat[16 * index:16 * index + 16]
             field, hidden = word[10:15], word[10:15].any()
+            high, low = self.high[8 * index:8 * index + 8], self.low[4 * index:4 * index + 4]
             sign, significand = Signal(name=f"sign{index}"), Signal(_SIGNIFICAND, name=f"significand{index}")
             shift = Signal(range(KV_BITS + 1), name=f"shift{index}")
             # Written out twice below: a simulator then evaluates it only when the register is enabled.
             distance = (self.shared - Cat(field[0] | ~hidden, field[1:]))[:EXPONENT_BITS]
             with m.If(self.en[0]):
                 m.d.sync += [
-                    sign.eq(word[15]), significand.eq(Mux(self.zero, 0, Cat(word[:10], hidden))),
-                    shift.eq(Mux(distance > KV_BITS, KV_BITS, distance)),  # further is 0 as well
+                    sign.eq(Mux(self.narrow, high[7], word[15])),
+                    significand.eq(Mux(self.zero, 0, Mux(self.narrow, Cat(low, high[:7]), Cat(word[:10], hidden)))),
+                    # further is 0 as well
+                    shift.eq(Mux(self.narrow, 0, Mux(distance > KV_BITS, KV_BITS, distance))),
                 ]
             mantissa = Signal(signed(KV_BITS), name=f"mantissa{index}")
             m.d.comb += self.o[index].eq(mantissa)
@@ -125,6 +136,20 @@ class KvBuffer(wiring.Component):
         magnitude = ((significand << _BELOW + 1) + (1 << shift)) >> (shift + 1)
         return shared, np.where(bits >> 15 & 1, -magnitude, magnitude)
 
+    @staticmethod
+    def narrow_model(config, beats, record_format, heads, head_beats):
+        """The same of narrow records, uint8 [tokens, port beats, port bytes] -> (exponents, mantissas)."""
+        tokens, units = len(beats), heads * head_beats
+        flat = beats.astype(np.int64).reshape(tokens, -1)
+        high_at, width = -(-heads // config.beat_elements) * beats.shape[2], units * beats.shape[2]
+        exponents = flat[:, :2 * heads].reshape(tokens, heads, 2).transpose(0, 2, 1) & 31
+        high, low = flat[:, high_at:high_at + width], np.zeros((tokens, width), np.int64)
+        if record_format == KvFormat.B12:
+            packed = flat[:, high_at + width:high_at + width + width // 2]
+            low = np.stack((packed & 15, packed >> 4), -1).reshape(tokens, width)
+        magnitude = ((high & 127) << 4 | low) << _BELOW
+        return exponents, np.where(high >> 7, -magnitude, magnitude).reshape(tokens, 2, heads, -1)
+
     def elaborate(self, platform):
         m = Module()
         config = self.config
@@ -160,24 +185,29 @@ class KvBuffer(wiring.Component):
         # ---- write: memories of each port for even and odd rows of records, and of the exponents -----------------
         half = rows // 2  # rows of a memory
         head_bits = config.kvbuf_heads.bit_length() - 1
+        parts = 2 if config.kv_narrow else 1  # of a memory
         banks, exponents, buffered = [], {"k": [], "v": []}, []  # [port][parity]
         for p in range(config.ports):
             m.submodules[f"port{p}"] = source = KvPort(config=config)
             for name in ("records", "beats", "hits"):
                 wiring.connect(m, wiring.flipped(getattr(self, name)[p]), getattr(source, name))
-            m.d.comb += [source.tiles.eq(tiles), *(port.eq(shape) for port, shape in zip(source.shape, shapes))]
+            m.d.comb += [source.tiles.eq(tiles), *(port.eq(shape) for port, shape in zip(source.shape, shapes)),
+                         *(port.eq(count) for port, count in zip(source.values, values_start))]
             buffered.append(source.buffered)
             for i in range(2):
                 with m.If(source.finished[i].any()):
                     m.d.sync += left[i][p].eq(left[i][p] - source.finished[i])
             of_port = []
             for parity, write in enumerate(source.write):
-                bank = Memory(shape=config.port_bits, depth=2 * half * beats, init=[])
-                m.submodules[f"bank{p}_{parity}"] = bank
-                port = bank.write_port()
-                m.d.comb += [port.en.eq(write.en), port.data.eq(write.data),
-                             port.addr.eq(Cat(write.beat, write.row[1:], write.slot))]
-                of_port.append(bank.read_port())
+                of_bank = []
+                for part in range(parts):
+                    bank = Memory(shape=config.port_bits, depth=2 * half * beats // parts, init=[])
+                    m.submodules[f"bank{p}_{parity}" + "ab"[part] * (parts - 1)] = bank
+                    port, within = bank.write_port(), beat_bits - parts + 1
+                    m.d.comb += [port.en.eq(write.en & (write.beat >> within == part)), port.data.eq(write.data),
+                                 port.addr.eq(Cat(write.beat[:within], write.row[1:], write.slot))]
+                    of_bank.append(bank.read_port())
+                of_port.append(of_bank)
             banks.append(of_port)
             for number, (side, memories) in enumerate(exponents.items()):
                 of_port = []
@@ -187,7 +217,7 @@ class KvBuffer(wiring.Component):
                     port = memory.write_port(granularity=1)
                     m.d.comb += [port.addr.eq(Cat(exponent.head[:head_bits], exponent.slot)),
                                  port.en.eq(exponent.en[number] << exponent.row[1:]),
-                                 *(part.eq(exponent.exponent) for part in port.data)]
+                                 *(part.eq(exponent.exponents[number]) for part in port.data)]
                     port = memory.read_port(domain="comb")
                     m.d.comb += port.addr.eq(Cat(getattr(self, f"{side}_head")[:head_bits],
                                                  getattr(self, f"{side}_slot")))
@@ -230,31 +260,40 @@ class KvBuffer(wiring.Component):
         values_inner = (config.columns // config.beat_elements).bit_length() - 1
         keys_offset, values_offset = Cat(count[:keys_inner], tile.k), Cat(count[:values_inner], tile.n)
         keys_row, values_row = Cat(count[keys_inner:], tile.n), Cat(count[values_inner:], tile.k)
-        offset = Signal(max(len(keys_offset), len(values_offset)))
+        offset, place = Signal(max(len(keys_offset), len(values_offset))), Signal(beat_bits)
         # row: of the first of the records
-        side = data.StructLayout({"zero": 1, "row": range(rows), "value": 1, "last": 1})
+        side = data.StructLayout({"zero": 1, "row": range(rows), "value": 1, "last": 1, "format": KvFormat, "pick": 2})
         a_side, b_side, c_last = Signal(side), Signal(side), Signal()
         b_valid, c_valid = Signal(), Signal()
         m.d.comb += [
             offset.eq(Mux(tile.value, values_offset, keys_offset)),
             a_side.zero.eq(offset >= head_beats[tile.slot]),  # a head may be shorter than the array is wide
             a_side.row.eq(Mux(tile.value, values_row, keys_row) << int(pairs)),
-            a_side.value.eq(tile.value), a_side.last.eq(ends),
+            a_side.value.eq(tile.value), a_side.last.eq(ends), place.eq(start + offset),
         ]
+        within = [place]  # address in each part of a memory
+        if config.kv_narrow:
+            narrow = Signal()
+            within = [Signal(beat_bits - 1, name=f"within{part}") for part in range(2)]
+            m.d.comb += [
+                a_side.format.eq(Array(shape.format for shape in shapes)[tile.slot]),
+                narrow.eq(a_side.format != KvFormat.FP16), a_side.pick.eq(Mux(narrow, place[:2], place[-1])),
+                *(at.eq(Mux(narrow, place >> part + 1, place)) for part, at in enumerate(within)),
+            ]
         lines = [([], []), ([], [])]  # of even and of odd rows: beats and their exponents, of each port
         for p in range(config.ports):
             for parity in range(2):
                 wanted = issue if pairs else issue & (a_side.row[0] == parity)
-                bank = banks[p][parity]
-                m.d.comb += [bank.en.eq(wanted & ~a_side.zero),
-                             bank.addr.eq(Cat((start + offset)[:beat_bits], a_side.row[1:], tile.slot))]
+                for bank, at in zip(banks[p][parity], within):
+                    m.d.comb += [bank.en.eq(wanted & ~a_side.zero),
+                                 bank.addr.eq(Cat(at, a_side.row[1:], tile.slot))]
                 found = []
                 for number, memories in enumerate(exponents.values()):
                     _, port = memories[p][parity]
                     m.d.comb += [port.en.eq(wanted & (tile.value == number)),
                                  port.addr.eq(Cat(tile.head[:head_bits], tile.slot))]
                     found.append(port.data[b_side.row[1:]])
-                lines[parity][0].append(bank.data)
+                lines[parity][0].append(Cat(bank.data for bank in banks[p][parity]))
                 lines[parity][1].append(Mux(b_side.value, found[1], found[0]))
         if pairs:
             beat_data, token_exponents = (even + odd for even, odd in zip(*lines))
@@ -272,6 +311,15 @@ class KvBuffer(wiring.Component):
         mantissas = []
         for i, (beat, exponent) in enumerate(zip(beat_data, token_exponents)):
             m.submodules[f"shift{i}"] = shift = KvShift(elements=config.beat_elements)
+            if config.kv_narrow:
+                high, low = beat[:config.port_bits], beat[config.port_bits:]
+                beat = Mux(b_side.pick[0], low, high)  # of FP16
+                m.d.comb += [
+                    shift.narrow.eq(b_side.format != KvFormat.FP16),
+                    shift.high.eq(high.word_select(b_side.pick[0], config.port_bits // 2)),
+                    shift.low.eq(Mux(b_side.format == KvFormat.B12,
+                                     low.word_select(b_side.pick, config.port_bits // 4), 0)),
+                ]
             m.d.comb += [
                 shift.beat.eq(beat), shift.zero.eq(b_side.zero), shift.shared.eq(exponent),
                 shift.en.eq(Cat(advance & b_valid, advance & c_valid)),

@@ -3,7 +3,9 @@
 Each port takes its own records at its own pace, up to two tiles ahead of the array, those from memory and those from
 the history buffer side by side: each kind in its order. A record from memory may be copied to the history buffer while
 it passes. What the two do to one slot of it has an order, so that either can wait until the other has gone far enough.
-While a record passes, a tree of maxima finds the largest exponent of each of its heads.
+While an FP16 record passes, a tree of maxima finds the largest exponent of each of its heads; a narrow one has them in
+its first beats (`isa.KvFormat`). Those are kept, and written with the first beats of the high planes, a head's two with
+each: there are as many of these beats as heads, or more.
 """
 
 from amaranth.hdl import Cat, Module, Mux, Signal
@@ -11,6 +13,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
+from ..isa import KvFormat
 from .trees import tree
 
 __all__ = [
@@ -29,11 +32,11 @@ def count_bits(config):
 
 
 def KvShape(config):
-    """A KV tile: KV heads, port beats of a head and of a record, rows of records; ports with a record in the last row.
-    """
+    """A KV tile: KV heads, FP16 port beats of a head, port beats of a record, rows of records; ports with a record in
+    the last row; format of the records."""
     return data.StructLayout({
-        "heads": 8, "head_beats": 8, "record": 16, "rows": range(config.tile_tokens // config.ports + 1),
-        "last": config.ports})
+        "heads": 8, "head_beats": 8, "record": 16, "format": KvFormat,
+        "rows": range(config.tile_tokens // config.ports + 1), "last": config.ports})
 
 
 def KvRecord(config):
@@ -50,17 +53,18 @@ def KvRecord(config):
 
 
 def KvWrite(config):
-    """Beat ``beat`` of the record in ``row`` of a slot, while ``en``."""
+    """Beat ``beat`` of the record in ``row`` of a slot, while ``en``. Beats of high planes count from 0, those of low
+    planes from the middle."""
     rows = config.tile_tokens // config.ports
     beats = 2 * config.kvbuf_heads * config.lanes // config.beat_elements
     return data.StructLayout({"en": 1, "slot": 1, "row": range(rows), "beat": range(beats), "data": config.port_bits})
 
 
 def KvExponent(config):
-    """The exponent of a head: ``en`` is 1 for keys, 2 for values."""
+    """Exponents of a head: bit 0 of ``en`` is for that of the key, bit 1 for that of the value."""
     rows = config.tile_tokens // config.ports
     return data.StructLayout({"en": 2, "slot": 1, "row": range(rows), "head": range(max(config.kvbuf_heads, 2)),
-                              "exponent": EXPONENT_BITS})
+                              "exponents": data.ArrayLayout(EXPONENT_BITS, 2)})
 
 
 class KvLargest(wiring.Component):
@@ -100,8 +104,9 @@ class KvIntake(wiring.Component):
     records : In(stream of KvRecord), taken with the last beat; beats : In(stream of port beats)
     hold : In(1), no beat is taken in this cycle; taken : Out(1), one is
     tiles : In(4), how many tiles have been given a slot, modulo 16: the last two of them are being written
-    shape : In(KvShape) per slot, of the tile in it
-    write : Out(KvWrite), in the cycle of the beat; exponent : Out(KvExponent), ``latency`` cycles after a head's last
+    shape : In(KvShape) per slot, of the tile in it; values : In per slot, its heads * head_beats
+    write : Out(KvWrite), in the cycle of the beat; exponent : Out(KvExponent), ``latency`` cycles after the beat that
+        ends a head of FP16, or with which a head's exponents are written
     finished : Out(2), per slot, a record and its exponents are in the buffer from the next cycle on
     """
 
@@ -110,7 +115,8 @@ class KvIntake(wiring.Component):
         super().__init__({
             "records": In(stream.Signature(KvRecord(config))), "beats": In(stream.Signature(config.port_bits)),
             "hold": In(1), "taken": Out(1), "tiles": In(range(TILE_NUMBERS)), "shape": In(KvShape(config)).array(2),
-            "write": Out(KvWrite(config)), "exponent": Out(KvExponent(config)), "finished": Out(2),
+            "values": In(16).array(2), "write": Out(KvWrite(config)), "exponent": Out(KvExponent(config)),
+            "finished": Out(2),
         })
 
     def elaborate(self, platform):
@@ -121,8 +127,10 @@ class KvIntake(wiring.Component):
         slot, shape = record.tile[0], Signal(KvShape(config))
         accept, record_ends, rows_end = Signal(), Signal(), Signal()
         passed, beat = Signal.like(record.rows), Signal(16)
-        head_beat, head, part = Signal(8), Signal(8), Signal(2)  # part: 0 keys, 1 values, 2 padding of the record
+        # part: 0 keys, 1 values, 2 padding of the record; of a narrow one 0 high planes, 1 low planes
+        head_beat, head, part = Signal(8), Signal(8), Signal(2)
         head_ends, part_ends = Signal(), Signal()
+        narrow, leading, position, pair = Signal(), Signal(), Signal(16), Signal(2 * EXPONENT_BITS)
         m.d.comb += [
             age.eq(self.tiles - 1 - record.tile), shape.eq(Mux(slot, self.shape[1], self.shape[0])),
             self.beats.ready.eq(self.records.valid & (age < 2) & ~self.hold), self.taken.eq(accept),
@@ -130,27 +138,35 @@ class KvIntake(wiring.Component):
             record_ends.eq(beat == shape.record - 1), rows_end.eq(passed == record.rows - 1),
             self.records.ready.eq(accept & record_ends & rows_end),
             head_ends.eq(head_beat == shape.head_beats - 1), part_ends.eq(head_ends & (head == shape.heads - 1)),
-            self.write.en.eq(accept & ~part[1]), self.write.slot.eq(slot), self.write.row.eq(record.row + passed),
-            self.write.beat.eq(beat), self.write.data.eq(self.beats.payload),
+            self.write.en.eq(accept & ~part[1] & ~leading), self.write.slot.eq(slot),
+            self.write.row.eq(record.row + passed), self.write.data.eq(self.beats.payload),
+            self.write.beat.eq(Mux(narrow, Cat(position[:len(self.write.beat) - 1], part[0]), beat)),
         ]
         with m.If(accept):
             m.d.sync += [beat.eq(beat + 1), head_beat.eq(head_beat + 1)]
             with m.If(head_ends):
                 m.d.sync += [head_beat.eq(0), head.eq(head + 1)]
-            with m.If(part_ends & ~part[1]):
+            with m.If(part_ends & ~part[1] & ~narrow):
                 m.d.sync += [head.eq(0), part.eq(part + 1)]
+        if config.kv_narrow:
+            self._narrow(m, shape, slot, accept, beat, part, narrow, leading, position, pair)
+        with m.If(accept):
             with m.If(record_ends):
                 m.d.sync += [beat.eq(0), head_beat.eq(0), head.eq(0), part.eq(0),
                              passed.eq(Mux(rows_end, 0, passed + 1))]
 
         # Where a beat belongs follows it through the tree.
-        place = data.StructLayout({"slot": 1, "row": self.write.row.shape(), "head": 8, "en": 2, "first": 1, "last": 1})
+        place = data.StructLayout({"slot": 1, "row": self.write.row.shape(), "head": 8, "en": 2, "first": 1, "last": 1,
+                                   "pair": 2 * EXPONENT_BITS if config.kv_narrow else 0})
         at, valid, enables = Signal(place), accept, []
         m.d.comb += [
             at.slot.eq(slot), at.row.eq(self.write.row), at.head.eq(head), at.first.eq(head_beat == 0),
             at.en.eq(Mux(head_ends & ~part[1], Cat(~part[0], part[0]), 0)), at.last.eq(record_ends),
-            largest.beat.eq(self.beats.payload),
+            largest.beat.eq(self.beats.payload), at.pair.eq(pair),
         ]
+        with m.If(narrow):
+            m.d.comb += [at.head.eq(position),
+                         at.en.eq((~leading & (part == 0) & (position < shape.heads)).replicate(2))]
         for stage in range(largest.latency):
             enables.append(valid)
             stage_valid, stage_at = Signal(name=f"valid{stage}"), Signal(place, name=f"at{stage}")
@@ -159,15 +175,44 @@ class KvIntake(wiring.Component):
                 m.d.sync += stage_at.eq(at)
             valid, at = stage_valid, stage_at
         m.d.comb += largest.en.eq(Cat(enables))
-        running = Signal(EXPONENT_BITS)
+        running, found = Signal(EXPONENT_BITS), Signal(EXPONENT_BITS)
+        both = at.en.all() if config.kv_narrow else 0
         m.d.comb += [
-            self.exponent.exponent.eq(_larger(largest.o, Mux(at.first, 1, running))),
+            found.eq(_larger(largest.o, Mux(at.first, 1, running))),
+            self.exponent.exponents.as_value().eq(Mux(both, at.pair, found.replicate(2))),
             self.exponent.slot.eq(at.slot), self.exponent.row.eq(at.row), self.exponent.head.eq(at.head),
             self.exponent.en.eq(Mux(valid, at.en, 0)), self.finished.eq((valid & at.last) << at.slot),
         ]
         with m.If(valid):
-            m.d.sync += running.eq(self.exponent.exponent)
+            m.d.sync += running.eq(found)
         return m
+
+    def _narrow(self, m, shape, slot, accept, beat, part, narrow, leading, position, pair):
+        """Parts of a ``narrow`` record: ``leading`` beats of exponents, high planes, low planes; ``position`` counts
+        the beats of one. ``pair`` : exponents of the head with the number of the position."""
+        elements = self.config.beat_elements
+        behind, ends, values = Signal(), Signal(), Signal(16)  # behind the exponents
+        m.submodules.exponents = memory = Memory(
+            shape=2 * EXPONENT_BITS * elements, depth=-(-self.config.kvbuf_heads // elements), init=[])
+        write, read = memory.write_port(), memory.read_port(domain="comb")
+        element_bits = elements.bit_length() - 1
+        m.d.comb += [
+            narrow.eq(shape.format != KvFormat.FP16), leading.eq(narrow & ~behind),
+            values.eq(Mux(slot, self.values[1], self.values[0])),
+            ends.eq(position == ((values - 1) >> part[0])[:16]),
+            write.en.eq(accept & leading), write.addr.eq(beat),
+            write.data.eq(Cat(self.beats.payload[at:at + EXPONENT_BITS] for at in range(0, 16 * elements, 8))),
+            read.addr.eq(position >> element_bits),
+            pair.eq(read.data.word_select(position[:element_bits], 2 * EXPONENT_BITS)),
+        ]
+        with m.If(accept & narrow):
+            m.d.sync += position.eq(position + 1)
+            with m.If(leading):
+                m.d.sync += [position.eq(0), behind.eq(beat == (shape.heads - 1) >> element_bits)]
+            with m.Elif(ends & ~part[1]):
+                m.d.sync += [position.eq(0), part.eq(Mux((shape.format == KvFormat.B12) & ~part[0], 1, 2))]
+            with m.If(beat == shape.record - 1):
+                m.d.sync += [position.eq(0), behind.eq(0)]
 
 
 class KvPort(wiring.Component):
@@ -177,7 +222,7 @@ class KvPort(wiring.Component):
     -------
     records, beats : In(stream of KvRecord) and In(stream of port beats), from memory
     hits : In(stream of KvRecord), from the history buffer
-    tiles, shape : as in KvIntake
+    tiles, shape, values : as in KvIntake
     write : Out(KvWrite) for even and for odd rows; exponent : Out(KvExponent) for even and for odd rows
     finished : Out per slot, how many records and their exponents are in the buffer from the next cycle on
     buffered : Out(1), a beat came from the history buffer
@@ -188,7 +233,7 @@ class KvPort(wiring.Component):
         super().__init__({
             "records": In(stream.Signature(KvRecord(config))), "beats": In(stream.Signature(config.port_bits)),
             "hits": In(stream.Signature(KvRecord(config))),
-            "tiles": In(range(TILE_NUMBERS)), "shape": In(KvShape(config)).array(2),
+            "tiles": In(range(TILE_NUMBERS)), "shape": In(KvShape(config)).array(2), "values": In(16).array(2),
             "write": Out(KvWrite(config)).array(2), "exponent": Out(KvExponent(config)).array(2),
             "finished": Out(2).array(2), "buffered": Out(1),
         })
@@ -207,7 +252,8 @@ class KvPort(wiring.Component):
             self._buffer(m, memory, history, buffer)
         for source in sources:
             m.d.comb += [source.tiles.eq(self.tiles),
-                         *(port.eq(shape) for port, shape in zip(source.shape, self.shape))]
+                         *(port.eq(shape) for port, shape in zip(source.shape, self.shape)),
+                         *(port.eq(count) for port, count in zip(source.values, self.values))]
         for i in range(2):
             m.d.comb += self.finished[i].eq(sum(source.finished[i] for source in sources))
         for parity in range(2):

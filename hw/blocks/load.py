@@ -23,6 +23,7 @@ from .axi_read import ADDRESS_BITS, COUNT_BITS, AxiReader, ReadRun
 from .command import PC_BITS, PLACE_BITS, Command, Fault, PlaceAnswer, PlaceRequest, fields
 from .history import Found, History
 from .kvintake import TILE_NUMBERS, KvRecord, KvShape
+from .kvpack import record_beats, unknown_format
 from .rows import ones
 from .trees import tree_sum
 
@@ -168,7 +169,8 @@ class LoadUnit(wiring.Component):
         job, shape = Signal(_Job), Signal(KvShape(config))
         address = Signal(ADDRESS_BITS)
         product = Signal(28)  # superbeats of a LOADA, port beats of all K heads of a LOADKV
-        overrun = Signal()
+        overrun, unknown = Signal(), Signal()  # unknown: a format that the configuration does not have
+        least = Signal(len(product) + 1)  # beats of a record at least
         final, buffer, capacity_used = Signal(), Signal.like(loadkv.buffer), Signal(32)
         follow, layer, number = Signal(), Signal.like(loadkv.layer), Signal(range(TILE_NUMBERS))
         port_shift, tokens = config.ports.bit_length() - 1, Signal(range(config.tile_tokens + 1))
@@ -183,6 +185,7 @@ class LoadUnit(wiring.Component):
         m.d.comb += [
             rows.eq((tokens + config.ports - 1) >> port_shift), lasting.eq(row == shape.rows - 1),
             exists.eq(Mux(follow & lasting, shape.last, ~0)),
+            least.eq(record_beats(config, shape, product[:16])),
             beyond.eq(Cat(offset > slack for offset in offsets) & exists),
             history.first.eq(job.row >> port_shift), history.rows.eq(shape.rows), history.last.eq(shape.last),
             history.layer.eq(layer), history.final.eq(final), history.buffer.eq(buffer),
@@ -198,7 +201,7 @@ class LoadUnit(wiring.Component):
                         job.count.eq(loadw.count), job.pc.eq(command.pc), job.row.eq(command.x),
                         job.row_count.eq(loada.count), job.beats.eq(loada.beats), job.stride.eq(loada.dst_stride),
                         shape.heads.eq(loadkv.heads), shape.head_beats.eq(loadkv.head_beats),
-                        shape.record.eq(loadkv.record),
+                        shape.record.eq(loadkv.record), shape.format.eq(loadkv.format),
                         tokens.eq(Mux(command.rows > config.tile_tokens, config.tile_tokens, command.rows)),
                         address.eq(command.imm), follow.eq(is_kv & loadkv.reuse), layer.eq(loadkv.layer), row.eq(0),
                         final.eq(loadkv.final), buffer.eq(loadkv.buffer),
@@ -216,8 +219,9 @@ class LoadUnit(wiring.Component):
                         job.count.eq(shape.record * rows), shape.rows.eq(rows),
                         shape.last.eq(ones(Mux(tokens[:port_shift] == 0, config.ports, tokens[:port_shift]),
                                            config.ports)),
+                        unknown.eq(unknown_format(config, shape.format)),
                         overrun.eq((product == 0) | (product > capacity) | (shape.heads > config.kvbuf_heads)
-                                   | (2 * product > shape.record)
+                                   | (least > shape.record)
                                    | (follow & ((job.row + tokens > config.history_tokens)
                                                 | (layer >= config.history_layers)
                                                 | (capacity_used > config.buffer_beats)
@@ -227,7 +231,10 @@ class LoadUnit(wiring.Component):
                         m.d.sync += shape.last.eq(~0)
                 m.next = "CHECK"
             with m.State("CHECK"):
-                with m.If((job.kind == _Kind.KV) & overrun):
+                with m.If((job.kind == _Kind.KV) & unknown):
+                    self._fail(m, FaultCause.KV_FORMAT, job.pc)
+                    m.next = "STOP"
+                with m.Elif((job.kind == _Kind.KV) & overrun):
                     self._fail(m, FaultCause.BUFFER_RANGE, job.pc)
                     m.next = "STOP"
                 with m.Elif(~follow & (address + job.count > self.limit)):

@@ -350,6 +350,26 @@ def test_a_bundle_keeps_its_routers(call, model, folder, tmp_path):
     assert "a bundle is made with its KV memory" in call.bad("generate", "-m", bundle, *PROMPT, "--buffer", 0)
 
 
+def test_kv_formats(call, model, tmp_path):
+    """Fewer bytes, other bits of the same text; what the compiler, a bundle and a board know of them."""
+    arguments, bundle = ("generate", *model, *PROMPT, *TINY, "-n", 6), tmp_path / "small.skpu"
+    found = {name: call.json(*arguments, "--kv-format", name) for name in ("fp16", "12", "8")}
+    assert call.json(*arguments)["bytes_read"] == found["fp16"]["bytes_read"]
+    assert found["8"]["bytes_read"] < found["12"]["bytes_read"] < found["fp16"]["bytes_read"]
+    sizes = {}
+    for name in found:
+        summary = call.json("compile", *model, *TINY, "--kv-format", name, "-o", bundle)
+        sizes[name] = summary["bytes"]["kv"]
+        assert summary["kv_format"] == name
+        assert call.json("generate", "-m", bundle, *PROMPT, "-n", 6)["tokens"] == found[name]["tokens"]
+    assert sizes["8"] < sizes["12"] < sizes["fp16"]
+    assert "KV format must be fp16, 12, 8, not 'fp8'" in call.bad(*arguments, "--kv-format", "fp8")
+    assert ("configuration ulx3s has KV records in FP16 only, not in 8 bits; use KV format fp16, or configuration tiny "
+            "or sim or u280") in call.bad(*arguments, "--config", "ulx3s", "--kv-format", "8")
+    assert "give --buffer, --kv-share and --kv-format to compile" in call.bad("generate", "-m", bundle, *PROMPT,
+                                                                              "--kv-format", "8")
+
+
 def test_sizes_of_kv_memory(call, model, tmp_path):
     arguments = ("generate", *model, *PROMPT, *TINY, "-n", 6, "--kv", "reuse", "--force-skip", 0.5, "--seed", 2)
     expected = call.json(*arguments)

@@ -15,7 +15,7 @@ from skipopu.host.passes.check import CheckError, check_program, corner_argument
 from skipopu.host.passes.routers import router_biases, router_rows
 from skipopu.host.passes.walk import Arguments, walk
 from skipopu.host.passes.weights import Padding, lower_linear, same_kind
-from skipopu.host.plan import KvSizes, make_plan
+from skipopu.host.plan import KV_FORMATS, KvSizes, make_plan
 from skipopu.host.program import Program
 from skipopu.host.quantise import quantise
 from skipopu.host.routers import Routers
@@ -186,10 +186,21 @@ def test_memory_and_buffer_of_kv_records_are_sized_for_the_model_or_as_asked():
     ({"buffer": -1}, "has 4096 bytes; ask for 0..4096, not -1"),
     ({"share": 1.5}, "the share of KV records that memory holds must be 0..1, not 1.5"),
     ({"share": -0.1}, "must be 0..1, not -0.1"),
+    ({"format": "int8"}, "KV format must be fp16, 12, 8, not 'int8'"),
 ])
 def test_impossible_sizes_of_kv_memory(sizes, message):
     with pytest.raises(CompileError, match=message):
         make_plan(preset("tiny"), random_model(1).config, kv="reuse", sizes=KvSizes(**sizes))
+
+
+def test_narrow_kv_records_take_less_memory_and_more_fit_the_buffer():
+    model, config = random_model(1, kinds=Q8, context=101), preset("tiny")
+    plans = {name: make_plan(config, model.config, 101, "reuse", KvSizes(format=name)) for name in KV_FORMATS}
+    assert {name: (plan.record, plan.kvout_record, plan.buffer) for name, plan in plans.items()} == {
+        "fp16": (16, 16, 16), "12": (1 + 8 + 4, 16, 19), "8": (1 + 8, 16, 28)}
+    for kv in ("", "dense", "reuse"):  # the checker walks the programs
+        compiled = compile_model(model, config, 101, make_routers(model, kv) if kv else None, kv=KvSizes(format="12"))
+        assert compiled.map.kv_format == "12"
 
 
 def test_more_layers_than_pointers_have():
@@ -317,7 +328,8 @@ MUTATIONS = [
     ("vmerge", {"head_stride": 0, "group_stride": 0}, "read before|one region|writes must be"),
     ("vswiglu", {"rows": 1}, "delivers"),
     ("vlogits", {"imm": 0}, "logits that count"),
-    ("loadkv", {"record": 1}, "record must be"),
+    ("loadkv", {"record": 1}, "record must be"), ("loadkv", {"format": 1}, "format must be FP16, not 1"),
+    ("storekv", {"record": 17}, "record must be 16, not 17"), ("storekv", {"format": 2}, "format must be FP16, not 2"),
     ("loadkv", {"imm": 100000}, "not in a region"),
     ("storekv", {"reads": 0}, "reads must be"),
     ("storekv", {"imm": 0}, "not in a region"),

@@ -20,9 +20,9 @@ SWEEP = Sweep(base=preset("sim"), axes={"ports": (4, 8), "columns": (32, 64)}, g
 def fake(sweep, point):
     """A result at once: speed and cost grow with the ports."""
     ports = dict(point.sizes)["ports"]
-    return {"geometry": point.geometry, "skip": point.skip, "sizes": dict(point.sizes), "bound": "memory",
-            "tokens_per_second": 10 * ports * (1 + point.skip), "share_of_peak": 0.9,
-            "resources": {"luts": 100 * ports, "dsps": 1}}
+    return {"geometry": point.geometry, "skip": point.skip, "kv_format": point.kv_format,
+            "sizes": dict(point.sizes), "bound": "memory", "share_of_peak": 0.9,
+            "tokens_per_second": 10 * ports * (1 + point.skip), "resources": {"luts": 100 * ports, "dsps": 1}}
 
 
 @pytest.fixture
@@ -63,8 +63,15 @@ def test_a_stopped_sweep_goes_on_where_it_was(tmp_path, quick):
     assert len(explore(wider, path)) == 6 and len(quick) == 5 + 2 + 0 * 4  # only the new ports
 
 
+def test_formats_of_kv_records_are_swept(tmp_path, quick):
+    formats = replace(SWEEP, axes={"ports": (4,)}, kv_formats=("fp16", "8"))
+    assert [item["kv_format"] for item in explore(formats, tmp_path / "results.jsonl")] == ["fp16", "8"] * 2
+    with pytest.raises(RequestError, match="KV format must be fp16, 12, 8, not 'int8'"):
+        replace(SWEEP, kv_formats=("int8",))
+
+
 @pytest.mark.parametrize("change, message", [
-    ({"version": 2}, "is of version 2, this program writes version 1; name another file, or remove it"),
+    ({"version": 1}, "is of version 1, this program writes version 2; name another file, or remove it"),
     ({"format": "other"}, "holds no results of a sweep"),
     ({"settings": {"prompt": 99}}, "was made with another base"),
 ])

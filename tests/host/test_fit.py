@@ -40,6 +40,15 @@ def test_skipping_saves_what_it_leaves_unread():
     assert skipping.cycles_per_token < 0.9 * plain.cycles_per_token
 
 
+def test_narrow_kv_records_save_their_bytes():
+    plain, twelve, eight = (fit(SMALL, SIM, Workload(prompt=500, count=1, memory="ideal", kv_format=name), samples=1)
+                            for name in ("fp16", "12", "8"))
+    records = SMALL.layers * 2 * SMALL.kv_heads * SMALL.head_dim * 500
+    assert plain.bytes_per_token - twelve.bytes_per_token == pytest.approx(records / 2, rel=0.4)  # less the exponents
+    assert plain.bytes_per_token - eight.bytes_per_token == pytest.approx(records, rel=0.2)
+    assert eight.cycles_per_token < twelve.cycles_per_token < plain.cycles_per_token
+
+
 def test_timed_memory_costs_its_refreshes():
     ideal, timed = (fit(SMALL, SIM, Workload(prompt=16, count=1, memory=name)) for name in ("ideal", "hbm"))
     assert 1 < timed.cycles_per_token / ideal.cycles_per_token < 1.25

@@ -45,6 +45,14 @@ def rows_of(contexts, patterns, buffers=(0, None), device="functional", **option
     return list(measure(CONFIG, MODEL, contexts, patterns, buffers, device, **options))
 
 
+@pytest.mark.parametrize("kv_format, record", [("12", 1 + 8 + 4), ("8", 1 + 8)])
+def test_narrow_records_move_their_bytes(kv_format, record):
+    pattern = make_pattern("random", LAYERS, 40, 0.25, 3)
+    for row in rows_of((40,), [pattern], kv_format=kv_format):
+        assert row.memory_bytes + row.buffer_bytes_served == LAYERS * 40 * record * 8
+        assert row.storage_saved == pytest.approx(0.25)
+
+
 # ---- patterns
 
 

@@ -18,7 +18,7 @@ from skipopu.hw.blocks.history import History
 from skipopu.hw.blocks.kvintake import KvRecord, KvShape, count_bits
 from skipopu.hw.blocks.load import AbufWrite, LoadUnit
 from skipopu.hw.config import PRESETS, OverlayConfig, preset
-from skipopu.hw.isa import ROUTER_ROWS_AT
+from skipopu.hw.isa import ROUTER_ROWS_AT, KvFormat
 from skipopu.hw.registers import FaultCause
 from skipopu.sim.bench import (
     Stall,
@@ -289,8 +289,9 @@ class Bench:
         count = min(fields["rows"], config.tile_tokens)
         rows, rest = -(-count // config.ports), count % config.ports
         every = (1 << config.ports) - 1
-        assert await self.tiles.take(1) == [{"heads": fields["heads"], "head_beats": fields["head_beats"], "rows": rows,
-                                             "record": record, "last": (1 << rest) - 1 if rest and reuse else every}]
+        assert await self.tiles.take(1) == [{
+            "heads": fields["heads"], "head_beats": fields["head_beats"], "format": fields.get("format", 0),
+            "rows": rows, "record": record, "last": (1 << rest) - 1 if rest and reuse else every}]
         visits = self.pointers.visits(fields) if reuse else None
         for p, port in enumerate(want):
             lists = [(row, 1) for row in range(len(port))] if reuse else [(0, rows)]
@@ -342,6 +343,10 @@ def make_commands(config, rng, count):
           for rows in (1, 2, config.ports + 1, config.tile_tokens - 1, 4095)),
         ("loadkv", {"imm": 0, "rows": config.ports + 1, "heads": config.kvbuf_heads // 2, "head_beats": 2 * block,
                     "record": 2 * config.kvbuf_heads * block}),
+        *(("loadkv", {"imm": 7, "rows": config.tile_tokens, "heads": heads, "head_beats": block,
+                      "format": record_format, "record": config.record_beats(heads, block, record_format)}
+            | reused(config, rng))
+          for record_format in (KvFormat.B12, KvFormat.B8) for heads in (1, 3, 5)),
     ]
     for _ in range(count):
         kind = rng.integers(3)
@@ -353,10 +358,11 @@ def make_commands(config, rng, count):
             yield "loada", {"imm": imm, "rows": int(rng.integers(1, 4)), "x": int(rng.integers(1000)), "count": size,
                             "beats": beats, "dst_stride": int(rng.integers(1000))}
         else:
-            heads = int(rng.integers(1, 3))
-            yield "loadkv", {"imm": imm, "heads": heads, "head_beats": block,
+            heads, record_format = int(rng.integers(1, 3)), KvFormat(rng.integers(3))
+            yield "loadkv", {"imm": imm, "heads": heads, "head_beats": block, "format": record_format,
                              "rows": int(rng.integers(1, 2 * config.tile_tokens)),
-                             "record": 2 * heads * block + int(rng.integers(3))} | reused(config, rng)
+                             "record": config.record_beats(heads, block, record_format) + int(rng.integers(3))
+                             } | reused(config, rng)
 
 
 def reused(config, rng):
@@ -749,6 +755,31 @@ async def refuses_heads_longer_than_their_record(dut):
     assert await b.fault() == {"cause": FaultCause.BUFFER_RANGE, "port": 0, "pc": 100}
 
 
+@bench(fields=[{"heads": 3, "head_beats": 2}, {"heads": 3, "head_beats": 3}, {"heads": 5, "head_beats": 2}],
+       record_format=KvFormat, reuse=[0, 1])
+async def narrow_records_may_be_shorter(dut, fields, record_format, reuse):
+    """As long as the format needs, not a beat less."""
+    b = Bench(dut)
+    record = b.config.record_beats(**fields, record_format=record_format)
+    fields = {"imm": 0, "rows": TINY.tile_tokens, "format": record_format, "record": record, **fields}
+    b.send([("loadkv", fields), ("loadkv", fields | {"record": record - 1, "reuse": reuse})])
+    await b.check("loadkv", fields)
+    assert await b.fault() == {"cause": FaultCause.BUFFER_RANGE, "port": 0, "pc": 101}
+
+
+@bench(record_format=[KvFormat.B12, KvFormat.B8, 3])
+async def refuses_unknown_formats(dut, record_format):
+    b = Bench(dut)
+    known = b.config.kv_narrow and record_format != 3
+    fields = {"imm": 0, "rows": 1, "heads": 1, "head_beats": 2, "record": 4, "format": record_format}
+    b.send([("loadkv", fields)])
+    if known:
+        await b.check("loadkv", fields)
+    else:
+        assert await b.fault() == {"cause": FaultCause.KV_FORMAT, "port": 0, "pc": 100}
+        await b.nothing_more()
+
+
 @bench()
 async def tells_who_waits(dut):
     b = Bench(dut, latency=60)
@@ -771,14 +802,19 @@ def test_tiny():
               forgets_records_of_another_sequence_or_size, refuses_a_buffer_that_does_not_fit,
               refuses_positions_beyond_the_history, refuses_records_beyond_the_limit, refuses_pointers_of_no_sequence,
               hands_out_places_until_a_port_is_full, refuses_damaged_pointers,
-              refuses_kv_tiles_that_do_not_fit, refuses_heads_longer_than_their_record, tells_who_waits,
-              parameters=dataclasses.asdict(TINY))
+              refuses_kv_tiles_that_do_not_fit, refuses_heads_longer_than_their_record, narrow_records_may_be_shorter,
+              refuses_unknown_formats, tells_who_waits, parameters=dataclasses.asdict(TINY))
 
 
 def test_wide():
     run_bench(LoadUnit(config=WIDE), delivers_what_the_model_says, streams_short_commands_without_a_gap,
               streams_records_of_many_layers_without_a_gap, refuses_layers_beyond_the_history,
               fills_and_reads_a_slot_in_order, parameters=dataclasses.asdict(WIDE))
+
+
+def test_without_narrow_records():
+    config = dataclasses.replace(TINY, kv_narrow=False)
+    run_bench(LoadUnit(config=config), refuses_unknown_formats, parameters=dataclasses.asdict(config))
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -12,6 +12,7 @@ from commands import command_source
 from skipopu.hw.blocks.command import Fault, PlaceAnswer, PlaceRequest
 from skipopu.hw.blocks.store import StoreUnit
 from skipopu.hw.config import PRESETS, OverlayConfig, preset
+from skipopu.hw.isa import KvFormat
 from skipopu.hw.registers import FaultCause
 from skipopu.sim.bench import (
     Stall,
@@ -113,6 +114,12 @@ class Bench:
         return {name: fault[name] for name in ("cause", "port", "pc")}
 
 
+def narrow(config, heads, head_beats, record_format):
+    """Fields of a STOREKV with records in a format."""
+    return {"format": record_format, "heads": heads, "head_beats": head_beats,
+            "record": config.record_beats(heads, head_beats, record_format)}
+
+
 def make_commands(config, rng, count):
     last, tokens = SUPERBEATS * config.ports, config.tokens
     every = (1 << tokens) - 1
@@ -131,6 +138,11 @@ def make_commands(config, rng, count):
         ("storekv", {"imm": 77, "rows": 4, "x": 2, "record": 3, "mask": 0b1010, "layer": 63, "reuse": 1,
                      "places": 65535}),
         ("storekv", {"imm": 0, "rows": tokens, "x": 1, "record": 7, "mask": 1 << tokens - 1, "layer": 40}),
+        *(("storekv", {"imm": 40, "rows": 3, "x": 1, **narrow(config, *sizes, record_format)})
+          for record_format in (KvFormat.B12, KvFormat.B8)
+          for sizes in [(1, 1), (1, 2), (2, 1), (3, 1), (5, 3), (1, 90), (config.kvbuf_heads, 2)]),
+        ("storekv", {"imm": 9, "rows": 4, "x": 0, "mask": 0b1001, "reuse": 1, "places": 31,
+                     **narrow(config, 4, 2, KvFormat.B12)}),
         ("storel", {"imm": SUPERBEATS - 1, "rows": 1, "count": 1}),
         ("storel", {"imm": 5, "rows": 2, "count": 0}),
         ("storel", {"imm": 7, "rows": 3, "count": 21}),
@@ -141,16 +153,19 @@ def make_commands(config, rng, count):
                              "count": int(rng.integers(1, 40))}
         else:
             reuse = {"reuse": 1, "places": int(rng.integers(1 << 16))} if rng.integers(2) else {}
+            sizes = [int(size) for size in rng.integers(1, 6, 2)]
+            record = [{"record": int(rng.integers(1, 40))}, narrow(config, *sizes, KvFormat.B12),
+                      narrow(config, *sizes, KvFormat.B8)][rng.integers(3)]
             yield "storekv", reuse | {"imm": int(rng.integers(500)), "rows": tokens, "layer": int(rng.integers(64)),
                               "mask": int(rng.integers(1, every + 1)), "x": int(rng.integers(8 * config.ports)),
-                              "record": int(rng.integers(1, 40))}
+                              **record}
 
 
 @bench(stall=Stall, seed=[1], timeout_cycles=100_000)
 async def writes_what_the_model_says(dut, stall, seed):
     """Checked at every done: all of the command is in memory, nothing else, nothing of the next command yet."""
     b = Bench(dut, stall=stall, seed=seed)
-    commands = list(make_commands(b.config, b.rng, 6))
+    commands = list(make_commands(b.config, b.rng, 12))
     after = b.send(commands, stall=stall, seed=seed)
     await b.finish(len(commands))
     for (name, fields), (_, got), (want, _) in zip(commands, b.done, after):
@@ -179,6 +194,17 @@ async def copies_a_beat_in_every_cycle(dut):
     b.send([("storekv", {"imm": 0, "rows": 4, "x": 0, "record": 200})])
     await b.finish(1)
     assert b.done[0][0] - started < 4 * (200 + 5) + 40
+
+
+@bench(record_format=[KvFormat.B12, KvFormat.B8])
+async def packs_a_beat_in_every_cycle(dut, record_format):
+    """Each beat of KVOUT is read for the exponents and for each plane."""
+    b = Bench(dut, latency=5)
+    started = cycle()
+    b.send([("storekv", {"imm": 0, "rows": 4, "x": 0, **narrow(b.config, 10, 10, record_format)})])
+    await b.finish(1)
+    passes = 3 if record_format == KvFormat.B12 else 2
+    assert 4 * 200 * passes < b.done[0][0] - started < 4 * (200 * passes + 15) + 40
 
 
 @bench()
@@ -234,6 +260,30 @@ async def refuses_rows_beyond_kvout(dut, mask):
     assert await b.fault() == {"cause": FaultCause.BUFFER_RANGE, "port": 0, "pc": 100}
 
 
+@bench(command=[({"format": 3}, FaultCause.KV_FORMAT), ({"record": 8}, FaultCause.BUFFER_RANGE),
+                ({"record": 6}, FaultCause.BUFFER_RANGE), ({"heads": 0}, FaultCause.BUFFER_RANGE),
+                ({"head_beats": 0}, FaultCause.BUFFER_RANGE), ({"format": KvFormat.B8}, FaultCause.BUFFER_RANGE),
+                (narrow(TINY, TINY.kvbuf_heads + 1, 1, KvFormat.B12), FaultCause.BUFFER_RANGE),
+                (narrow(TINY, 64, 5, KvFormat.B8), FaultCause.BUFFER_RANGE)], reuse=[0, 1])
+async def refuses_narrow_records_that_do_not_fit(dut, command, reuse):
+    b = Bench(dut)
+    fields, cause = command
+    fields = {"imm": 0, "rows": 2, "x": 0, "reuse": reuse, **narrow(b.config, 2, 2, KvFormat.B12), **fields}
+    command_source(dut, b.config, [("storekv", fields)])
+    assert await b.fault() == {"cause": cause, "port": 0, "pc": 100}
+    await ClockCycles(dut.clk, 50)
+    written = sum(count for port in b.ports for _, count in port.writes)
+    assert written == (fields["record"] if fields["head_beats"] == 5 else 0)  # the second row is beyond KVOUT
+
+
+@bench(record_format=[KvFormat.B12, KvFormat.B8, 3])
+async def has_no_narrow_records(dut, record_format):
+    b = Bench(dut)
+    fields = {"imm": 0, "rows": 1, "x": 0, "format": record_format, "heads": 1, "head_beats": 1, "record": 2}
+    command_source(dut, b.config, [("storekv", fields)])
+    assert await b.fault() == {"cause": FaultCause.KV_FORMAT, "port": 0, "pc": 100}
+
+
 @bench(cause=[FaultCause.KV_POINTER, FaultCause.KV_FULL, FaultCause.BUFFER_RANGE], x=[4, 5])
 async def stops_when_the_history_has_no_place(dut, cause, x):
     b = Bench(dut)
@@ -256,7 +306,7 @@ async def refuses_places_beyond_the_limit(dut):
 
 
 BENCHES = (writes_what_the_model_says, is_done_after_the_last_response, copies_a_beat_in_every_cycle,
-           a_row_not_in_the_list_takes_a_cycle,
+           packs_a_beat_in_every_cycle, a_row_not_in_the_list_takes_a_cycle,
            stops_at_a_write_error, stops_when_the_history_has_no_place, refuses_places_beyond_the_limit,
            refuses_addresses_beyond_the_limit, refuses_rows_beyond_kvout)
 
@@ -264,6 +314,16 @@ BENCHES = (writes_what_the_model_says, is_done_after_the_last_response, copies_a
 @pytest.mark.parametrize("config", [TINY, WIDE], ids=lambda config: config.name)
 def test_store_unit(config):
     run_bench(StoreUnit(config=config), *BENCHES, parameters=dataclasses.asdict(config))
+
+
+def test_narrow_records_that_do_not_fit():
+    run_bench(StoreUnit(config=TINY), refuses_narrow_records_that_do_not_fit, parameters=dataclasses.asdict(TINY))
+
+
+def test_without_narrow_records():
+    config = dataclasses.replace(TINY, kv_narrow=False)
+    run_bench(StoreUnit(config=config), has_no_narrow_records, copies_a_beat_in_every_cycle,
+              parameters=dataclasses.asdict(config))
 
 
 @pytest.mark.parametrize("name", PRESETS)

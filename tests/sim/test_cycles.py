@@ -10,7 +10,7 @@ from skipopu.host.model import BASE, GROUPS
 from skipopu.host.passes.walk import Arguments
 from skipopu.host.performance.cycles import predict
 from skipopu.host.performance.memory import HbmMemory, IdealMemory
-from skipopu.host.plan import KvSizes
+from skipopu.host.plan import KV_FORMATS, KvSizes
 from skipopu.host.routes import RandomRoutes, always_executing, words_of_routes
 from skipopu.host.runtime import Accelerator
 from skipopu.host.timeline import spans
@@ -63,7 +63,8 @@ def case(seed, config):
         model = random_model(seed, kinds=(kind,), **geometry(rng, config))
         try:
             compiled = compile_model(model, config, context, always_executing(model, kv) if kv else None,
-                                     check=False, fused=bool(rng.random() < 0.8), kv=KvSizes(buffer=0))
+                                     check=False, fused=bool(rng.random() < 0.8),
+                                     kv=KvSizes(buffer=0, format=list(KV_FORMATS)[seed % 3]))
             break
         except CompileError:
             continue

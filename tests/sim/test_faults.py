@@ -96,6 +96,12 @@ BAD_PROGRAMS = {
     "rows behind the buffer": ("loada", "final_norm",
                                f"loada writes=GAIN0 rows=1 x={CONFIG.abuf_rows - 3} count=4 beats=4",
                                FaultCause.BUFFER_RANGE),
+    "format of KV records to load": ("loadkv", "kv.0", "loadkv reads=KVMEM rows=1 heads=2 head_beats=4 record=20 "
+                                                       "format=3", FaultCause.KV_FORMAT),
+    "format of KV records to store": ("storekv", "kv.1", "storekv writes=KVMEM rows=1 heads=2 head_beats=4 record=20 "
+                                                         "format=3", FaultCause.KV_FORMAT),
+    "a narrow record of another size": ("storekv", "kv.1", "storekv writes=KVMEM rows=1 heads=2 head_beats=4 record=14 "
+                                                           "format=B12", FaultCause.BUFFER_RANGE),
     "too many KV heads": ("loadkv", "kv.0", "loadkv reads=KVMEM rows=1 heads=65 head_beats=4 record=520",
                           FaultCause.BUFFER_RANGE),
 }

@@ -6,6 +6,7 @@ from skipopu.golden.routed_cases import LAYERS, routed_case, routed_names
 from skipopu.host.compare import compare
 from skipopu.host.compiler import compile_model
 from skipopu.host.devices import open_device
+from skipopu.host.plan import KvSizes
 from skipopu.host.routes import RandomRoutes
 from skipopu.host.runtime import Accelerator
 from skipopu.hw.config import preset
@@ -19,9 +20,9 @@ STATED = ("instructions", "dropped", "saturations", "weights_read", "kv_read", "
           "bytes_written")
 
 
-def pair_of(case, timing=TIMINGS[0], force=None, fused=True):
+def pair_of(case, timing=TIMINGS[0], force=None, fused=True, kv=None):
     """The case on the functional level and on the RTL."""
-    compiled = compile_model(case.model, CONFIG, case.model.config.context, case.routers, fused=fused)
+    compiled = compile_model(case.model, CONFIG, case.model.config.context, case.routers, fused=fused, kv=kv)
     size = compiled.map.memory * CONFIG.port_bits // 8
     devices = open_device("functional", CONFIG, size), open_device("rtl", CONFIG, size, timing=timing)
     return [Accelerator(device, compiled, timeout=120, watchdog=100_000, force=case.force if force is None else force)
@@ -45,6 +46,16 @@ def assert_equal(pair, prompt, count):
 def test_routed_cases(name):
     case = routed_case(name, CONFIG)
     assert_equal(pair_of(case, TIMINGS[routed_names().index(name) % len(TIMINGS)]), case.prompt, 4)
+
+
+@pytest.mark.parametrize("kv_format", ["12", "8"])
+@pytest.mark.parametrize("name", [f"{corner}, {kv}" for kv in ("dense", "reuse") for corner in (
+    "random", "one token executes", "alternating layers", "chunk boundary", "own decisions")])
+def test_narrow_records(name, kv_format):
+    """With the whole history buffer, or without."""
+    case, number = routed_case(name, CONFIG), routed_names().index(name)
+    sizes = KvSizes(format=kv_format, buffer=(0, None)[(number // 2 + (kv_format == "8")) % 2])
+    assert_equal(pair_of(case, TIMINGS[number % len(TIMINGS)], kv=sizes), case.prompt, 4)
 
 
 @pytest.mark.parametrize("seed", range(6))
