@@ -78,7 +78,8 @@ def opened(compiled: Compiled, model: ModelConfig, name: str) -> Accelerator:
     config, width = compiled.config, 16 if name in KV_FORMATS else int(name.rstrip("kv"))
     formats = (16 if name.endswith("v") else width, 16 if name.endswith("k") else width)
     device = RoundedDevice(config, compiled.map.memory * config.port_bits // 8)
-    device.narrow(model, make_plan(config, model, compiled.map.context).head_dim, formats)
+    if formats != (16, 16):
+        device.narrow(model, make_plan(config, model, compiled.map.context).head_dim, formats)
     return Accelerator(device, compiled)
 
 
