@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from skipopu.host.errors import DeviceError
 from skipopu.host.software_device import Outcome, Run, SoftwareDevice
@@ -17,11 +19,12 @@ class FunctionalDevice(SoftwareDevice):
     """A `FunctionalMachine` with registers. It has no clock: counters of cycles read 0.
 
     machine : the machine itself, for its buffers and its observer
-    threads, cache_bytes : see `FunctionalMachine`
+    threads, cache_bytes : see `FunctionalMachine`; memories : see `SoftwareDevice`
     """
 
-    def __init__(self, config: OverlayConfig, memory_bytes: int, threads: int = 1, cache_bytes: int = 2 << 30) -> None:
-        super().__init__(config, memory_bytes)
+    def __init__(self, config: OverlayConfig, memory_bytes: int, threads: int = 1, cache_bytes: int = 2 << 30,
+                 memories: Sequence[np.ndarray] | None = None) -> None:
+        super().__init__(config, memory_bytes, memories)
         self.machine = FunctionalMachine(config, self.memories, threads, cache_bytes)
 
     def reset(self) -> None:

@@ -15,7 +15,7 @@ from .passes.weights import Linear, Padding, interleave, lower_linear, same_kind
 from .plan import Plan
 from .routers import Routers
 
-__all__ = ["ImageBuilder", "WeightStream"]
+__all__ = ["ImageBuilder", "WeightStream", "rope_table"]
 
 _EMBED_ROWS_AT_ONCE = 4096  # bounds the temporaries
 
@@ -77,7 +77,7 @@ class ImageBuilder:
     def _place_constants(self) -> None:
         plan = self.plan
         self._place("embedding", self._embedding(self.model.tensors["embedding"]))
-        self._place("rope", pack_rows(self.config, self._rope_table()))
+        self._place("rope", pack_rows(self.config, rope_table(plan, self.model.rope_inv_freq)))
         gains = ["final_norm"] + [f"layers.{layer}.{norm}" for layer in range(self.model.config.layers)
                                   for norm in ("attn_norm", "mlp_norm")]
         for name in gains:
@@ -98,20 +98,6 @@ class ImageBuilder:
             rows = slice(first, min(first + _EMBED_ROWS_AT_ONCE, vocab))
             packed[rows, :hidden] = tensor.take_rows(np.arange(rows.start, rows.stop)).dequantise()
         return packed.view(np.uint8).reshape(-1, self.config.superbeat_bytes)
-
-    def _rope_table(self) -> np.ndarray:
-        """float32 [context, 4 * padded head]: query cos, query sin, key cos, key sin of each position.
-
-        Both elements of a pair hold the cosine; the sines are -sin, +sin. The query's are in units of
-        log2(e) / sqrt(head_dim), so that scores are powers of two.
-        """
-        head = self.model.config.head_dim
-        angle = np.arange(self.plan.context)[:, None] * self.model.rope_inv_freq.astype(np.float64)
-        table = np.zeros((self.plan.context, 4, self.plan.head_dim))
-        table[:, 2, :head] = np.repeat(np.cos(angle), 2, axis=1)
-        table[:, 3, :head:2], table[:, 3, 1:head:2] = -np.sin(angle), np.sin(angle)
-        table[:, :2] = table[:, 2:] * (math.log2(math.e) / math.sqrt(head))
-        return table.reshape(self.plan.context, -1).astype(np.float32)
 
     def _place_layer(self, layer: int) -> None:
         plan, settings = self.plan, self.model.config
@@ -139,3 +125,18 @@ class ImageBuilder:
         self._place(name, stream)
         exponent = scale_exponent(linear.mode, linear.scale, linear.minimum)
         self.weights[name] = WeightStream(self.address(name), len(stream), linear.mode, exponent, linear.group)
+
+
+def rope_table(plan: Plan, inv_freq: np.ndarray) -> np.ndarray:
+    """float32 [context, 4 * padded head]: query cos, query sin, key cos, key sin of each position.
+
+    inv_freq : float32 [head_dim / 2], radians per position. Both elements of a pair hold the cosine; the sines are
+    -sin, +sin. The query's are in units of log2(e) / sqrt(head_dim), so that scores are powers of two.
+    """
+    head = plan.model.head_dim
+    angle = np.arange(plan.context)[:, None] * inv_freq.astype(np.float64)
+    table = np.zeros((plan.context, 4, plan.head_dim))
+    table[:, 2, :head] = np.repeat(np.cos(angle), 2, axis=1)
+    table[:, 3, :head:2], table[:, 3, 1:head:2] = -np.sin(angle), np.sin(angle)
+    table[:, :2] = table[:, 2:] * (math.log2(math.e) / math.sqrt(head))
+    return table.reshape(plan.context, -1).astype(np.float32)

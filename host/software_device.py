@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,11 +57,15 @@ class Outcome:
 
 
 class SoftwareDevice(Device):
-    """Register file and memories; a start runs the program to its end within the register write."""
+    """Register file and memories; a start runs the program to its end within the register write.
 
-    def __init__(self, config: OverlayConfig, memory_bytes: int) -> None:
+    memories : writable uint8 [memory_bytes] behind each port, in place of empty ones
+    """
+
+    def __init__(self, config: OverlayConfig, memory_bytes: int, memories: Sequence[np.ndarray] | None = None) -> None:
         self.config, self.memory_bytes = config, memory_bytes
-        self.memories = [np.zeros(memory_bytes, np.uint8) for _ in range(config.ports)]
+        self.memories = ([np.zeros(memory_bytes, np.uint8) for _ in range(config.ports)] if memories is None
+                         else list(memories))
         self._registers: dict[int, int] = {}
         self._writable = {at for item in registers().values() if item.access == Access.READ_WRITE
                           for at in range(item.address, item.end, 4)}

@@ -4,6 +4,7 @@ Yosys infers clock enables and trims operator widths before the Verilog is writt
 front of registers that do not change (measured on a 32 x 64 array: five times faster, compiled in a fifth of the time).
 """
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -27,10 +28,24 @@ for command in sys.argv[1:]:
     ys.run_pass(command, design)
 """
 
-# Memories without initial contents: Amaranth writes every zero bit of them out, millions for one buffer.
-_EMPTY_MEMORY = re.compile(r"  cell \$meminit_v2 [^\n]*\n(?:    (?!connect \\DATA)[^\n]*\n)*    connect \\DATA \d+'0*\n"
-                           r"(?:    [^\n]*\n)*  end\n")
 _REPEATED = re.compile(r"((?:\\\S+ |\b[A-Za-z_]\w*)(?:\[\d+\])?)((?:, \1){2,})(?=[,} ])")
+
+
+class _ModuleEmitter(rtlil.ModuleEmitter):
+    """Leaves memories of zeros without initial contents: Amaranth writes each bit, hundreds of millions at `u280`."""
+
+    def emit_memory(self, cell_idx, cell):
+        if any(cell.init):
+            super().emit_memory(cell_idx, cell)
+
+
+@contextlib.contextmanager
+def _empty_memories():
+    original, rtlil.ModuleEmitter = rtlil.ModuleEmitter, _ModuleEmitter
+    try:
+        yield
+    finally:
+        rtlil.ModuleEmitter = original
 
 
 def _collapse(text):
@@ -64,12 +79,13 @@ def run_yosys(commands, *, name="the design", log=None):
 def to_rtlil(component, *, name, ports=None, primitives=False):
     """RTLIL text of ``component`` with top module ``name``, the same on every run; parameters as in `to_verilog`."""
     emission = Emission(primitives=primitives)
-    texts, written = [rtlil.convert(component, name=name, ports=ports, emit_src=False, platform=emission)], set()
-    while missing := emission.modules.keys() - written:
-        module = min(missing)
-        texts.append(rtlil.convert(emission.modules[module], name=module, emit_src=False, platform=emission))
-        written.add(module)
-    return _EMPTY_MEMORY.sub("", "\n".join(texts))
+    with _empty_memories():
+        texts, written = [rtlil.convert(component, name=name, ports=ports, emit_src=False, platform=emission)], set()
+        while missing := emission.modules.keys() - written:
+            module = min(missing)
+            texts.append(rtlil.convert(emission.modules[module], name=module, emit_src=False, platform=emission))
+            written.add(module)
+    return "\n".join(texts)
 
 
 def to_verilog(component, *, name, ports=None, flatten=True, primitives=False):

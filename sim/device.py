@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from skipopu.host.device import Device, read_register, write_register
@@ -40,19 +40,21 @@ class RtlDevice(Device):
     sim : the simulation itself, for injected faults, waveforms and statistics of the memories
     timing : of every memory port; memory : in its place, "ideal" for the default timing or "hbm" for an HBM2
         pseudo-channel behind every port; trace : build with waveforms; log : called with the lines of a build
-    verilog : text to run instead of this configuration's own
+    verilog : text to run instead of this configuration's own; memories : writable uint8 behind each port, of whole
+        lines of the instruction cache (256 bytes), in place of empty ones of ``memory_bytes``
     Raises DeviceError for another kind of memory.
     """
 
     def __init__(self, config: OverlayConfig, memory_bytes: int, *, timing: MemoryTiming | None = None,
                  memory: str = "ideal", trace: bool = False, log: Callable[[str], None] | None = None,
-                 verilog: str | None = None) -> None:
+                 verilog: str | None = None, memories: Sequence[np.ndarray] | None = None) -> None:
         if memory not in MEMORIES:
             raise DeviceError(f"memory must be {' or '.join(MEMORIES)}, not {memory!r}")
         self.config = config
         unit = 256  # a line of the instruction cache: the last one is fetched whole
         self.memory_bytes = -(-memory_bytes // unit) * unit
-        self.memories = [np.zeros(self.memory_bytes, np.uint8) for _ in range(config.ports)]
+        self.memories = ([np.zeros(self.memory_bytes, np.uint8) for _ in range(config.ports)] if memories is None
+                         else list(memories))
         self.sim = NativeSim(verilog or cached_verilog(config, log), config.ports, config.port_bits,
                              memories=self.memories, timing=timing or MEMORIES[memory], trace=trace, log=log)
         self.reset()

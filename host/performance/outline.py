@@ -19,16 +19,21 @@ from ..program import WORD_BYTES, Program
 __all__ = ["Outline", "check_kind", "outline"]
 
 Kind = Callable[[str], str]  #: name of a matmul -> kind of its weights
+Exponent = Callable[[str, int], int]  #: name of a matmul, its inner size -> largest exponent field of its scales
 
 
 @dataclass(frozen=True, eq=False)
 class Outline:
-    """A program with its plan and memory map. regions : name -> (superbeat address, superbeats); memory : in all"""
+    """A program with its plan and memory map.
+
+    regions : name -> (superbeat address, superbeats); memory : superbeats in all; weights : of each matmul
+    """
 
     plan: Plan
     program: Program
     regions: dict[str, tuple[int, int]]
     memory: int
+    weights: dict[str, WeightStream]
 
     @property
     def config(self) -> OverlayConfig:
@@ -42,8 +47,8 @@ class Outline:
 class _Placement:
     """What `image.ImageBuilder` says of addresses, in its order, from shapes alone."""
 
-    def __init__(self, plan: Plan, kind: Kind) -> None:
-        self.plan, self.kind, self.memory = plan, kind, MemoryMap(plan.config)
+    def __init__(self, plan: Plan, kind: Kind, exponent: Exponent) -> None:
+        self.plan, self.kind, self.exponent, self.memory = plan, kind, exponent, MemoryMap(plan.config)
         self.weights: dict[str, WeightStream] = {}
         model, add = plan.model, self.memory.add
         add("embedding", model.vocab * self._row(plan.hidden))
@@ -79,7 +84,8 @@ class _Placement:
         assert shared is not None  # of the second, which is what `passes.weights.lower_linear` requantises to
         mode, group = mode_of(kind), shared[0]
         count = weight_superbeats(config, mode, ceil_div(rows, config.columns), cols // config.lanes, group)
-        self.weights[name] = WeightStream(self.memory.add(name, count), count, mode, 1, group)
+        self.weights[name] = WeightStream(self.memory.add(name, count), count, mode, self.exponent(name, cols),
+                                          group)
 
     def address(self, name: str) -> int:
         return self.memory.regions[name][0]
@@ -92,11 +98,13 @@ def check_kind(kind: str) -> None:
 
 
 def outline(model: ModelConfig, config: OverlayConfig, context: int | None = None, *, kv: str = "",
-            kind: str | Kind = "q4_0", fused: bool = True, sizes: KvSizes | None = None) -> Outline:
+            kind: str | Kind = "q4_0", fused: bool = True, sizes: KvSizes | None = None,
+            exponent: Exponent = lambda name, inner: 1) -> Outline:
     """The program that `compile_model` would write for a model of this shape.
 
     kv : "reuse" or "dense" for a program with routers, "" without; kind : of the weights (`model.GROUPS`), also by
-        name of a matmul (``layers.0.gate_up``, ``head``); sizes : of the KV records
+        name of a matmul (``layers.0.gate_up``, ``head``); sizes : of the KV records; exponent : of the scales, for
+        whoever runs the program
     Raises CapacityError, CompileError as the compiler does, RequestError for an unknown kind or KV mode.
     """
     if kv not in ("", "reuse", "dense"):
@@ -104,7 +112,7 @@ def outline(model: ModelConfig, config: OverlayConfig, context: int | None = Non
     if isinstance(kind, str):
         check_kind(kind)
     plan = make_plan(config, model, context, kv, sizes)
-    placement = _Placement(plan, kind if callable(kind) else lambda name: kind)
+    placement = _Placement(plan, kind if callable(kind) else lambda name: kind, exponent)
     program = emit_program(plan, placement, [[0, 0]] * model.layers if kv else None, fused)
     placement.memory.add("program", ceil_div(len(program.words) * WORD_BYTES * 8, config.port_bits))
-    return Outline(plan, program, placement.memory.regions, placement.memory.top)
+    return Outline(plan, program, placement.memory.regions, placement.memory.top, placement.weights)

@@ -1,0 +1,244 @@
+"""Models at full size on the RTL of the whole U280 configuration: 64 x 128 array, 32 ports with timed HBM2.
+
+Whole layers of a known shape with seeded random 4-bit weights, memory-mapped: decode behind contexts of random KV
+records, and a prompt chunk by chunk. Every run is predicted too: exits with 1 if cycles are off by more than 2%, bytes
+by any, or with --check a bit differs from the functional level.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import machine, peak_memory
+from skipopu.golden.random_image import RandomImage, random_image
+from skipopu.host.devices import open_device
+from skipopu.host.errors import SkipopuError
+from skipopu.host.model import ModelConfig
+from skipopu.host.passes.walk import Arguments
+from skipopu.host.performance.cycles import predict
+from skipopu.host.performance.fit import CORE_MHZ
+from skipopu.host.performance.geometries import GEOMETRIES, find_geometry
+from skipopu.host.performance.memory import HbmMemory
+from skipopu.host.routes import forced_routes, words_of_routes
+from skipopu.host.runtime import Accelerator
+from skipopu.hw.config import PRESETS, OverlayConfig, preset
+from skipopu.sim.device import MEMORIES
+
+TOLERANCE = 0.02
+SKIP_SEED = 1
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--geometry", default="llama2-7b", help=f"{', '.join(GEOMETRIES)} (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="of them, 0 for all (default: %(default)s)")
+    parser.add_argument("--config", default="u280", help=f"{', '.join(PRESETS)}, or one of these with other sizes, "
+                                                         "like u280,ports=16,kvout_rows=8192 (default: %(default)s)")
+    parser.add_argument("--context", type=int, nargs="*", default=[128, 1024], help="positions that the decoded token "
+                                                                                    "attends to")
+    parser.add_argument("--prompt", type=int, default=0, help="also read a prompt of so many tokens")
+    parser.add_argument("--skip", type=float, nargs="+", default=[0.25, 0.0], help="shares of the modules that tokens "
+                                                                                   "skip, with KV reuse if not 0")
+    parser.add_argument("--check", action="store_true", help="compare logits and KV records with the functional level")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help="for the memory images (default: a temporary one)")
+    return parser.parse_args()
+
+
+def configuration(text: str) -> OverlayConfig:
+    """A preset, with sizes changed. Multipliers are plain words: the same bits and cycles, built in far less time."""
+    name, *changes = text.split(",")
+    sizes = {key: int(value) for key, _, value in (change.partition("=") for change in changes)}
+    return replace(preset(name), name=text, dsp="generic", **sizes)
+
+
+def routes(layers: int, positions: int, rate: float) -> np.ndarray:
+    """bool [layers, 2, positions], true where a module executes: of every token's attention and of its MLPs each
+    exactly ``rate`` is skipped, as far as it can be, but no attention of layer 0."""
+    rng = np.random.default_rng(SKIP_SEED)
+    found = np.ones((layers, 2, positions), bool)
+    count = min(round(rate * layers), layers - 1)
+    for position in range(positions):
+        found[1 + rng.permutation(layers - 1)[:count], 0, position] = False
+        found[rng.permutation(layers)[:round(rate * layers)], 1, position] = False
+    return found
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run of the program: simulated cycles and bytes, predicted ones, the simulator's speed, bits that differ."""
+
+    what: str
+    cycles: int
+    predicted: int
+    bytes_moved: int
+    predicted_bytes: int
+    served: int  # bytes from the history buffer
+    share: float
+    seconds: float
+    wrong: int | None
+
+    def cells(self) -> tuple[str, ...]:
+        """As text, in the order of HEAD."""
+        return (self.what, f"{self.cycles:,}", f"{self.predicted:,}", f"{self.predicted / self.cycles - 1:+.2%}",
+                f"{self.bytes_moved:,}", f"{self.share:.2%}", f"{self.cycles / self.seconds:,.0f}",
+                "-" if self.wrong is None else "equal" if not self.wrong else f"{self.wrong} DIFFER")
+
+    @property
+    def holds(self) -> bool:
+        """Whether the prediction and the bits do; what comes from the history buffer is not predicted."""
+        near = abs(self.predicted / self.cycles - 1) <= TOLERANCE
+        return not self.wrong and (bool(self.served) or near and self.bytes_moved == self.predicted_bytes)
+
+
+HEAD = ("", "cycles, simulated", "predicted", "", "bytes moved", "share of peak", "cycles/s", "bits")
+
+
+class Bench:
+    """A random model on the RTL and, to check, on the functional level.
+
+    force : routes of all positions, None without routers
+    """
+
+    def __init__(self, image: RandomImage, force: np.ndarray | None, check: bool) -> None:
+        self.image, self.force, self.config = image, force, image.compiled.config
+        self.devices = {name: open_device(
+            name, self.config, image.files[0].stat().st_size, memories=image.memories(), **options)
+            for name, options in devices(check)}
+
+    def close(self) -> None:
+        """Free the simulators."""
+        for device in self.devices.values():
+            device.close()
+
+    def accelerators(self, context: int) -> dict[str, Accelerator]:
+        """On every device, with records of so many positions."""
+        found = {}
+        for name, device in self.devices.items():
+            if self.image.history is not None and context:
+                storing = Accelerator(device, self.image.history, force=self.force)
+                for first in range(0, context, storing.map.chunk):
+                    storing.run([0] * min(storing.map.chunk, context - first))
+            for port, memory in enumerate(self.image.memories()):
+                for first, size in self.image.records():
+                    device.write_memory(port, first, memory[first:first + size])
+            found[name] = Accelerator(device, self.image.compiled, timeout=36_000, watchdog=0, force=self.force)
+            found[name].position = context
+        return found
+
+    def run(self, what: str, accelerators: dict[str, Accelerator], tokens: list[int], rows: int) -> Line:
+        """One run on every device."""
+        rtl = accelerators["rtl"]
+        position, sim = rtl.position, self.devices["rtl"].sim
+        sim.record()
+        for accelerator in accelerators.values():
+            accelerator.run(tokens, len(tokens) - rows, rows)
+        first = int(sim.events()["cycle"][0])
+        stats, superbeat = rtl.stats[-1], self.config.superbeat_bytes
+        counters = stats.counters
+        moved = counters["bytes_read"] + counters["bytes_written"]
+        expected = self.predicted(position, tokens, rows, first)
+        return Line(what, counters["cycles"], expected.cycles, moved,
+                    expected.bytes_read(self.config) + expected.beats_written * self.config.port_bits // 8,
+                    counters["kv_buffered"] * self.config.port_bits // 8, moved / counters["cycles"] / superbeat,
+                    stats.seconds, self.different(accelerators, rows) if len(accelerators) > 1 else None)
+
+    def predicted(self, position: int, tokens: list[int], rows: int, first: int) -> Any:
+        """The cycle model's run, with refreshes where the simulator had them: ``first``, cycle of the first dispatch"""
+        compiled, words = self.image.compiled, []
+        if self.force is not None:
+            words = words_of_routes(forced_routes(self.force, compiled.map.layers, position, len(tokens)))
+        run = Arguments(position, len(tokens), len(tokens) - rows, rows, tuple(zip(words[::2], words[1::2])))
+        timing = MEMORIES["hbm"].hbm
+        for begin in (0, first):  # the first pass tells how long the first dispatch takes
+            channel = HbmMemory(self.config.ports, self.config.port_bits // 8, timing, begin)
+            found = predict(self.config, compiled.program, run, tokens=tokens, channel=channel,
+                            program_at=compiled.map.address("program"))
+            first -= found.spans[0].dispatch + 1 if not begin else 0
+        return found
+
+    def different(self, accelerators: dict[str, Accelerator], rows: int) -> int:
+        """Logits and bytes of KV records that are not the functional level's."""
+        both = [accelerators[name] for name in ("functional", "rtl")]
+        wrong = 0
+        if rows:
+            one, other = (accelerator.logits().view(np.uint32) for accelerator in both)
+            wrong += int(np.count_nonzero(one != other)) + (both[0].argmax() != both[1].argmax())
+        for port in range(self.config.ports):
+            for first, size in self.image.records():
+                one, other = (accelerator.device.read_memory(port, first, size) for accelerator in both)
+                wrong += int(np.count_nonzero(one != other))
+        return wrong
+
+
+def devices(check: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names of devices and their options."""
+    yield "rtl", {"memory": "hbm", "log": lambda line: print(f"  {line}", flush=True)}
+    if check:
+        yield "functional", {"threads": os.cpu_count() or 1}
+
+
+def measure(model: ModelConfig, config: OverlayConfig, skip: float, options: argparse.Namespace,
+            folder: Path) -> Iterator[Line]:
+    """All runs of one share of skipped modules."""
+    longest = max([*options.context, options.prompt])
+    kv = "reuse" if skip else ""
+    tokens = np.random.default_rng(options.seed).integers(0, model.vocab, longest).tolist()
+    begin = time.perf_counter()
+    image = random_image(model, config, longest, folder, kv=kv, seed=options.seed, tokens=tokens)
+    size = sum(path.stat().st_size for path in image.files)
+    print(f"  {size / 1e9:.2f} GB of memory image in {time.perf_counter() - begin:.0f} s, chunks of "
+          f"{image.compiled.map.chunk} tokens", flush=True)
+    bench = Bench(image, routes(model.layers, longest, skip) if kv else None, options.check)
+    try:
+        for context in options.context:
+            accelerators = bench.accelerators(context - 1)
+            yield bench.run(f"{skip:.0%} skipped, decode, {context} positions", accelerators, [tokens[context - 1]], 1)
+        accelerators = bench.accelerators(0) if options.prompt else {}
+        for first in range(0, options.prompt, image.compiled.map.chunk):
+            part = tokens[first:min(first + image.compiled.map.chunk, options.prompt)]
+            last = first + len(part) == options.prompt
+            yield bench.run(f"{skip:.0%} skipped, prompt {first}..{first + len(part) - 1}", accelerators, part,
+                            int(last))
+    finally:
+        bench.close()
+
+
+def main() -> int:
+    """Run everything and print a table."""
+    options = arguments()
+    config, whole = configuration(options.config), find_geometry(options.geometry)
+    model = replace(whole, layers=options.layers or whole.layers)
+    print(f"{model.name}, {model.layers} of {whole.layers} layers, configuration {config.name}; {machine()}",
+          flush=True)
+    lines: list[Line] = []
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        for skip in options.skip:
+            for line in measure(model, config, skip, options, Path(folder)):
+                lines.append(line)
+                print("  " + " | ".join(line.cells()), flush=True)
+    print("\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in
+                           (HEAD, ("---",) * len(HEAD), *(line.cells() for line in lines))))
+    if model.layers == whole.layers:
+        for line in lines:
+            if "decode" in line.what:
+                print(f"{line.what}: {CORE_MHZ * 1e6 / line.cycles:.1f} tokens/s at {CORE_MHZ} MHz (simulated)")
+    print(f"peak memory {peak_memory() / 2**30:.1f} GiB, mapped images included")
+    return int(not all(line.holds for line in lines))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except SkipopuError as error:
+        sys.exit(f"u280: {error}")
