@@ -27,10 +27,10 @@ from skipopu.host.passes.walk import Arguments
 from skipopu.host.performance.cycles import predict
 from skipopu.host.performance.fit import CORE_MHZ
 from skipopu.host.performance.geometries import GEOMETRIES, find_geometry
-from skipopu.host.performance.memory import HbmMemory
+from skipopu.host.performance.memory import HbmMemory, memory_model
 from skipopu.host.routes import forced_routes, words_of_routes
 from skipopu.host.runtime import Accelerator
-from skipopu.hw.config import PRESETS, OverlayConfig, preset
+from skipopu.hw.config import PRESETS, ConfigError, OverlayConfig, preset
 from skipopu.sim.device import MEMORIES
 
 TOLERANCE = 0.02
@@ -47,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, nargs="*", default=[128, 1024], help="positions that the decoded token "
                                                                                     "attends to")
     parser.add_argument("--prompt", type=int, default=0, help="also read a prompt of so many tokens")
+    parser.add_argument("--chunks", type=int, default=0, help="only its last chunks, behind random records")
     parser.add_argument("--skip", type=float, nargs="+", default=[0.25, 0.0], help="shares of the modules that tokens "
                                                                                    "skip, with KV reuse if not 0")
     parser.add_argument("--check", action="store_true", help="compare logits and KV records with the functional level")
@@ -58,8 +59,14 @@ def arguments() -> argparse.Namespace:
 def configuration(text: str) -> OverlayConfig:
     """A preset, with sizes changed. Multipliers are plain words: the same bits and cycles, built in far less time."""
     name, *changes = text.split(",")
-    sizes = {key: int(value) for key, _, value in (change.partition("=") for change in changes)}
-    return replace(preset(name), name=text, dsp="generic", **sizes)
+    base = replace(preset(name), name=text, dsp="generic")
+    sizes = {}
+    for change in changes:
+        key, _, value = change.partition("=")
+        if not isinstance(getattr(base, key, None), int) or not value.isdecimal():
+            raise ConfigError(f"a changed size is like ports=16, not {change!r}")
+        sizes[key] = int(value)
+    return replace(base, **sizes)
 
 
 def routes(layers: int, positions: int, rate: float) -> np.ndarray:
@@ -84,14 +91,16 @@ class Line:
     bytes_moved: int
     predicted_bytes: int
     served: int  # bytes from the history buffer
-    share: float
+    share: float  # of the ports' peak
+    of_memory: float  # of what the memory's timing allows
     seconds: float
     wrong: int | None
 
     def cells(self) -> tuple[str, ...]:
         """As text, in the order of HEAD."""
         return (self.what, f"{self.cycles:,}", f"{self.predicted:,}", f"{self.predicted / self.cycles - 1:+.2%}",
-                f"{self.bytes_moved:,}", f"{self.share:.2%}", f"{self.cycles / self.seconds:,.0f}",
+                f"{self.bytes_moved:,}", f"{self.share:.2%}", f"{self.of_memory:.2%}",
+                f"{self.cycles / self.seconds:,.0f}",
                 "-" if self.wrong is None else "equal" if not self.wrong else f"{self.wrong} DIFFER")
 
     @property
@@ -101,7 +110,8 @@ class Line:
         return not self.wrong and (bool(self.served) or near and self.bytes_moved == self.predicted_bytes)
 
 
-HEAD = ("", "cycles, simulated", "predicted", "", "bytes moved", "share of peak", "cycles/s", "bits")
+HEAD = ("", "cycles, simulated", "predicted", "", "bytes moved", "share of peak", "of the memory's",
+        "cycles/s", "bits")
 
 
 class Bench:
@@ -132,7 +142,7 @@ class Bench:
             for port, memory in enumerate(self.image.memories()):
                 for first, size in self.image.records():
                     device.write_memory(port, first, memory[first:first + size])
-            found[name] = Accelerator(device, self.image.compiled, timeout=36_000, watchdog=0, force=self.force)
+            found[name] = Accelerator(device, self.image.compiled, timeout=36_000, force=self.force)
             found[name].position = context
         return found
 
@@ -148,10 +158,12 @@ class Bench:
         counters = stats.counters
         moved = counters["bytes_read"] + counters["bytes_written"]
         expected = self.predicted(position, tokens, rows, first)
+        share = moved / counters["cycles"] / superbeat
         return Line(what, counters["cycles"], expected.cycles, moved,
                     expected.bytes_read(self.config) + expected.beats_written * self.config.port_bits // 8,
-                    counters["kv_buffered"] * self.config.port_bits // 8, moved / counters["cycles"] / superbeat,
-                    stats.seconds, self.different(accelerators, rows) if len(accelerators) > 1 else None)
+                    counters["kv_buffered"] * self.config.port_bits // 8, share,
+                    share / memory_model("hbm", self.config).share, stats.seconds,
+                    self.different(accelerators, rows) if len(accelerators) > 1 else None)
 
     def predicted(self, position: int, tokens: list[int], rows: int, first: int) -> Any:
         """The cycle model's run, with refreshes where the simulator had them: ``first``, cycle of the first dispatch"""
@@ -204,8 +216,9 @@ def measure(model: ModelConfig, config: OverlayConfig, skip: float, options: arg
         for context in options.context:
             accelerators = bench.accelerators(context - 1)
             yield bench.run(f"{skip:.0%} skipped, decode, {context} positions", accelerators, [tokens[context - 1]], 1)
-        accelerators = bench.accelerators(0) if options.prompt else {}
-        for first in range(0, options.prompt, image.compiled.map.chunk):
+        starts = list(range(0, options.prompt, image.compiled.map.chunk))[-options.chunks:]
+        accelerators = bench.accelerators(starts[0]) if starts else {}
+        for first in starts:
             part = tokens[first:min(first + image.compiled.map.chunk, options.prompt)]
             last = first + len(part) == options.prompt
             yield bench.run(f"{skip:.0%} skipped, prompt {first}..{first + len(part) - 1}", accelerators, part,
@@ -240,5 +253,5 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except SkipopuError as error:
+    except (SkipopuError, ConfigError) as error:
         sys.exit(f"u280: {error}")

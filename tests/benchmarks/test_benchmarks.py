@@ -53,6 +53,26 @@ def test_kv_compares_both_levels_and_fails_where_a_target_is_missed(tmp_path):
     assert done.returncode == 1 and (tmp_path / "cost.png").stat().st_size > 10_000
 
 
+def test_u280_compares_bits_bytes_and_cycles(tmp_path):
+    """Any configuration will do; here one layer of the smallest shape on the smallest one."""
+    done = subprocess.run([sys.executable, FOLDER / "u280.py", "--config", "tiny", "--geometry", "smollm2-135m",
+                           "--layers", "1", "--context", "20", "--skip", "0", "--check", "--folder", tmp_path],
+                          capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^\| 0% skipped, decode, 20 positions \| [\d,]{7,} \|.* \| equal \|$", done.stdout, re.M)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--geometry", "llama2-8b"], "unknown geometry 'llama2-8b', did you mean 'llama2-7b'?"),
+    (["--config", "u280,port=16"], "a changed size is like ports=16, not 'port=16'"),
+    (["--geometry", "llama2-13b"], "llama2-13b does not fit configuration u280: state_rows"),
+])
+def test_u280_mistakes_are_one_line(options, message):
+    done = subprocess.run([sys.executable, FOLDER / "u280.py", *options], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(("script", "options", "message"), [
     ("accuracy.py", ["absent.npz"], "absent.npz: cannot be read"),
     ("accuracy.py", [], "has no tokenizer for paragraphs.txt"),
