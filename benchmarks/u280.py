@@ -50,6 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, default=0, help="only its last chunks, behind random records")
     parser.add_argument("--skip", type=float, nargs="+", default=[0.25, 0.0], help="shares of the modules that tokens "
                                                                                    "skip, with KV reuse if not 0")
+    parser.add_argument("--weights", default="q4_0", help="kind: q4_0, q4_g64 or q4_g128 (default: %(default)s)")
     parser.add_argument("--check", action="store_true", help="compare logits and KV records with the functional level")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="for the memory images (default: a temporary one)")
@@ -207,7 +208,8 @@ def measure(model: ModelConfig, config: OverlayConfig, skip: float, options: arg
     kv = "reuse" if skip else ""
     tokens = np.random.default_rng(options.seed).integers(0, model.vocab, longest).tolist()
     begin = time.perf_counter()
-    image = random_image(model, config, longest, folder, kv=kv, seed=options.seed, tokens=tokens)
+    image = random_image(model, config, longest, folder, kv=kv, kind=options.weights, seed=options.seed,
+                         tokens=tokens)
     size = sum(path.stat().st_size for path in image.files)
     print(f"  {size / 1e9:.2f} GB of memory image in {time.perf_counter() - begin:.0f} s, chunks of "
           f"{image.compiled.map.chunk} tokens", flush=True)

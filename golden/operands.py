@@ -18,8 +18,8 @@ from skipopu.hw.isa import KvFormat, MatmulMode
 from .arithmetic import half_parts
 from .kv_records import unpack_records
 
-__all__ = ["KvTile", "OperandCache", "ProgramError", "WeightTiles", "linear", "unpack_kv", "unpack_weights",
-           "weight_superbeats"]
+__all__ = ["KvTile", "OperandCache", "ProgramError", "WeightTiles", "linear", "scale_places", "unpack_kv",
+           "unpack_weights", "weight_superbeats"]
 
 _PLANES = {MatmulMode.W4: 1, MatmulMode.W4M: 1, MatmulMode.W8: 2}
 Span = tuple[int, int]
@@ -107,10 +107,10 @@ def linear(config: OverlayConfig, memories: list[np.ndarray], address: int, coun
 
 def weight_superbeats(config: OverlayConfig, mode: MatmulMode, column_tiles: int, k_tiles: int, group: int) -> int:
     """Superbeats of the weight stream of a matmul of so many column tiles (of all heads)."""
-    return len(_scale_places(config, mode, column_tiles, k_tiles, group)[0])
+    return len(scale_places(config, mode, column_tiles, k_tiles, group)[0])
 
 
-def _scale_places(config: OverlayConfig, mode: MatmulMode, column_tiles: int, k_tiles: int,
+def scale_places(config: OverlayConfig, mode: MatmulMode, column_tiles: int, k_tiles: int,
                   group: int) -> tuple[np.ndarray, np.ndarray]:
     """(superbeats of a weight stream that are scales, bool; number of the scale set of each tile, int)."""
     beats, sets = config.scale_chunk(mode == MatmulMode.W4M, group)
@@ -133,7 +133,7 @@ def unpack_weights(config: OverlayConfig, mode: MatmulMode, stream: np.ndarray, 
     with_minimum = mode == MatmulMode.W4M
     beats = config.scale_chunk(with_minimum, group)[0]
     kinds, lines = 2 if with_minimum else 1, max(blocks >> group, 1)
-    is_scale, number = _scale_places(config, mode, heads * n_tiles, k_tiles, group)
+    is_scale, number = scale_places(config, mode, heads * n_tiles, k_tiles, group)
     halves = stream[is_scale].reshape(-1, beats * config.superbeat_bytes).view(np.uint16)
     halves = halves.reshape(-1, kinds, lines, columns)[number]  # of each tile
     halves = np.repeat(halves, blocks // lines, axis=2)

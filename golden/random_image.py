@@ -23,8 +23,9 @@ from skipopu.host.model import ModelConfig, rope_inv_freq
 from skipopu.host.performance.outline import Outline, outline
 from skipopu.host.program import WORD_BYTES, Builder, Program
 from skipopu.hw.config import OverlayConfig
-from skipopu.hw.isa import MatmulMode, Register, Resource, RowList
+from skipopu.hw.isa import MatmulMode, Register, Resource, RowList, decode
 
+from .operands import scale_places
 from .random_model import GAIN
 
 __all__ = ["RandomImage", "random_image"]
@@ -59,15 +60,16 @@ class RandomImage:
                 if name.split(".")[0] == "kv"]
 
 
-def random_image(model: ModelConfig, config: OverlayConfig, context: int, folder: Path, *, kv: str = "", seed: int = 1,
-                 tokens: Sequence[int] = ()) -> RandomImage:
+def random_image(model: ModelConfig, config: OverlayConfig, context: int, folder: Path, *, kv: str = "",
+                 kind: str = "q4_0", seed: int = 1, tokens: Sequence[int] = ()) -> RandomImage:
     """Write the image of a random model into ``folder``, which must exist.
 
-    kv : KV mode of a program with routers, whose routes have to be forced, "" without; tokens : that will be read, the
-    embedding of others is 0. The same arguments give the same bytes.
+    kv : KV mode of a program with routers, whose routes have to be forced, "" without; kind : of the weights, 4-bit
+    codes without minima; tokens : that will be read, the embedding of others is 0
+    The same arguments give the same bytes.
     Raises RequestError if the disk is too small, CapacityError and CompileError as the compiler does.
     """
-    found = outline(model, config, context, kv=kv, exponent=_exponent)
+    found = outline(model, config, context, kv=kv, kind=kind, exponent=_exponent)
     plan, beat = found.plan, config.port_bits // 8
     history = _storing(found) if kv == "reuse" else None
     at = pad_to(found.memory, config.burst_beats)
@@ -125,23 +127,30 @@ def _rows(found: Outline, seed: int, tokens: Sequence[int]) -> Iterator[tuple[in
 
 def _fill(found: Outline, memory: np.ndarray, rng: np.random.Generator) -> None:
     """Weights and KV records of one port, uint8 [superbeats, beat]."""
-    config = found.config
-    chunk, groups = config.scale_chunk(False)
-    period = chunk + groups * config.tile_beats
+    matmuls = dict(_matmuls(found.program))
     for name, stream in found.weights.items():
         if stream.mode != MatmulMode.W4:
-            raise RequestError(f"{name} would be {stream.mode.name}: its heads are no whole groups of weights")
-        for first in range(0, stream.count, _AT_ONCE // period * period):
-            part = memory[stream.address + first:stream.address + min(first + _AT_ONCE // period * period,
-                                                                      stream.count)]
-            part[:] = np.frombuffer(rng.bytes(part.size), np.uint8).reshape(part.shape)
-            scales = part[np.arange(len(part)) % period < chunk].view(np.uint16)
-            part[np.arange(len(part)) % period < chunk] = (
-                scales & 0x3FF | stream.scale_exponent << 10).view(np.uint8)
+            raise RequestError(f"random weights are 4-bit codes without minima, {name} would be {stream.mode.name}")
+        n_tiles, k_tiles = matmuls[name]
+        is_scale, _ = scale_places(found.config, stream.mode, n_tiles, k_tiles, stream.group)
+        for first in range(0, stream.count, _AT_ONCE):
+            last = min(first + _AT_ONCE, stream.count)
+            part = np.frombuffer(rng.bytes((last - first) * memory.shape[1]), np.uint8).reshape(last - first, -1).copy()
+            scales = part[is_scale[first:last]].view(np.uint16)
+            part[is_scale[first:last]] = (scales & 0x3FF | stream.scale_exponent << 10).view(np.uint8)
+            memory[stream.address + first:stream.address + last] = part
     for name, (address, size) in found.regions.items():
         if name.split(".")[0] == "kv":
             some = rng.standard_normal(65521).astype(np.float16).view(np.uint8)  # a prime: beats differ
             memory[address:address + size] = np.resize(some, size * memory.shape[1]).reshape(size, -1)
+
+
+def _matmuls(program: Program) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(name, (column tiles, lane tiles)) of each matmul with weights."""
+    for word, note in zip(program.words, program.notes, strict=True):
+        item, fields = decode(word)
+        if item.mnemonic == "matmul" and fields["mode"] == MatmulMode.W4:
+            yield note.tensor, (fields["n_tiles"], fields["k_tiles"])
 
 
 def _storing(found: Outline) -> Program:

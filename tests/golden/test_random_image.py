@@ -35,13 +35,15 @@ def test_a_seed_decides_every_byte(tmp_path, kv):
     assert files(random_image(MODEL, TINY, CONTEXT, tmp_path, kv=kv, seed=5, tokens=TOKENS)) != first
 
 
-def test_weights_are_any_code_with_scales_of_one_exponent(tmp_path):
-    image = random_image(MODEL, TINY, CONTEXT, tmp_path)
+@pytest.mark.parametrize("kind", ["q4_0", "q4_g128"])
+def test_weights_are_any_code_with_scales_of_one_exponent(tmp_path, kind):
+    image = random_image(MODEL, TINY, CONTEXT, tmp_path, kind=kind)
     memories = image.memories()
     for name, inner, outer in (("layers.1.o", 128, 64), ("layers.2.gate_up", 64, 192), ("head", 64, 120)):
         stream = image.outline.weights[name]
         tiles, = unpack_weights(TINY, MatmulMode.W4, linear(TINY, memories, stream.address, stream.count), 1,
-                                -(-outer // TINY.columns), inner // TINY.lanes, stream.scale_exponent)
+                                -(-outer // TINY.columns), inner // TINY.lanes, stream.group,
+                                stream.scale_exponent)
         codes, scales = np.concatenate(tiles.codes, 2), np.concatenate(tiles.scale, 1)
         assert set(np.unique(codes)) == set(range(-8, 8)), name
         assert scales.min() >= 1024 and scales.max() < 2048, name  # significands, all of the largest exponent
@@ -74,8 +76,14 @@ def test_runs_behind_a_random_context(tmp_path, kv):
         assert all(len(np.unique(memory[first:first + size])) > 100 for memory in image.memories())
 
 
+def test_refuses_weights_that_it_does_not_draw(tmp_path):
+    with pytest.raises(RequestError, match="4-bit codes without minima, layers.0.k would be W8"):
+        random_image(MODEL, TINY, CONTEXT, tmp_path, kind="q8_0")
+
+
 def test_refuses_a_disk_that_is_too_small(tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: namedtuple("usage", "free")(1000))
-    with pytest.raises(RequestError, match=r"memory image of small needs 0\.\d GB in .*, there are 0\.0; name a folder"):
+    message = r"memory image of small needs 0\.\d GB in .*, there are 0\.0; name a folder"
+    with pytest.raises(RequestError, match=message):
         random_image(MODEL, TINY, CONTEXT, tmp_path)
     assert not list(tmp_path.iterdir())
