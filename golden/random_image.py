@@ -161,8 +161,8 @@ def _storing(found: Outline) -> Program:
         build.emit("route", rows_reg=Register.TOKENS, layer=layer)
         build.at(layer, "attention", f"kv.{layer}", RowList.ATTENTION if layer else RowList.ALL)
         build.emit("storekv", reads=Resource.KVOUT, writes=Resource.KVMEM, imm=found.regions[plan.kv_region(layer)][0],
-                   rows_reg=Register.TOKENS, x_reg=Register.POSITION, record=plan.record, reuse=1, places=plan.places,
-                   layer=layer)
+                   rows_reg=Register.TOKENS, x_reg=Register.POSITION, reuse=1, places=plan.places, layer=layer,
+                   **plan.record_fields)
     build.at(-1, "end")
     build.emit("halt")
     return build.program()
