@@ -172,7 +172,7 @@ PRESETS = {
         OverlayConfig(
             name="u280", lanes=64, columns=128, ports=32, port_bits=512, vector_lanes=32, tokens=32, acc_rows=128,
             abuf_rows=16384, mbuf_rows=16384, kvbuf_heads=64, router_rows=1024, history_tokens=8192,
-            history_layers=64, buffer_beats=8192, kvout_rows=16384, state_rows=1024, fifo_beats=512, burst_beats=16,
+            history_layers=64, buffer_beats=8192, kvout_rows=16384, state_rows=1024, fifo_beats=1024, burst_beats=16,
             outstanding=32, cache_words=512, dsp="dsp48e2",
         ),
         OverlayConfig(

@@ -130,7 +130,8 @@ class _Machine:
         # array
         self.waiting: deque[_Command] = deque()  # compute commands whose results nobody takes yet
         self.array_free = 0
-        self.drained = deque([-1, -1], 2)  # last two column tiles
+        self.drained = deque([-1] * 4, 4)  # last column tiles
+        self.halves = deque([True, True], 2)  # last two matmuls: their rows fill half a bank of accumulators at most
         self.results = deque([-1, -1], 2)  # last two matmuls: their last result was drained
         self.drain, self.issued = -1, -1  # last beat drained, taken by the vector unit
         self.vector_free = 0
@@ -389,10 +390,11 @@ class _Machine:
         number, end, ahead = 0, begin, int(cycles.shadow)  # number: of a set of scales in the stream; end: last row
         found.array_rows += f["heads"] * f["n_tiles"] * inner * rows
         found.tile_cycles += f["heads"] * f["n_tiles"] * inner * max(tile + (0 if ahead else rows - 1), rows)
+        self.halves.append(f["groups"] * f["rows"] <= config.acc_rows // 2)
         for _ in range(f["heads"]):
             left = f["beats"]
             for _ in range(f["n_tiles"]):
-                bank = self.drained[0] + 1
+                bank = self.drained[0 if all(self.halves) else 2] + 1
                 if not weights:
                     first = max(ready + tile - 1 + ahead, end + 1, bank)
                     end = first + rows - 1 + (inner - 1) * max(tile + (0 if ahead else rows - 1), rows)

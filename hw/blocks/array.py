@@ -6,7 +6,7 @@ Stages (`docs/numerics.md`, Weights; `docs/pe-array.md`):
 3. shift right (floor), add the minimum term and the blocks.
 4. accumulate: add to the accumulator row, write it back.
 
-The accumulators have two banks: the next column tile accumulates in one while the other drains. How many cycles the
+The accumulators have two banks: one accumulates while the other drains, or one does both in turn. How many cycles the
 stages take depends on the multipliers; rows, tiles and scales enter, and results are ready, at the same time with all.
 """
 
@@ -84,7 +84,8 @@ class ColumnPair(wiring.Component):
     bias : added to the dot products of a block, at the row's time
     scale, minimum, exponent_gap : one cycle after the row
     sum : of a block's mantissas, or 0 where no minimum is added, when the dot products are ready
-    acc_en, acc_row, acc_first : when the contribution is ready; drain_row, drain : the other bank, combinational
+    acc_en, acc_row, acc_first : when the contribution is ready; drain_row, drain : any row of a bank in which the one
+        that accumulates is the first or there is none, combinational
     dot_en, scale_en, shift_en : only with "generic", which does nothing without a row
     """
 
@@ -196,7 +197,7 @@ class ColumnPair(wiring.Component):
                 for number, (value, (amount, _)) in enumerate(zip((scaled, lowest), amounts))]
 
     def _accumulate(self, m, c, contribution):
-        """Two memories of one port each way: while one accumulates, the other one drains."""
+        """Two memories of one port each way: what is added to leaves the other one to drain."""
         old = []
         bank, address, drain_bank, drain_address = (
             self.acc_row[-1], self.acc_row[:-1], self.drain_row[-1], self.drain_row[:-1])
@@ -205,7 +206,8 @@ class ColumnPair(wiring.Component):
             m.submodules[f"acc{c}_{number}"] = acc = Memory(shape=signed(ACC_BITS), depth=self.config.acc_rows, init=[])
             read, write = acc.read_port(domain="comb"), acc.write_port()
             mine = Signal(name=f"accumulates{c}_{number}")
-            m.d.comb += [mine.eq(self.acc_en & (bank == number)), read.addr.eq(Mux(mine, address, drain_address)),
+            m.d.comb += [mine.eq(self.acc_en & (bank == number)),
+                         read.addr.eq(Mux(mine & ~self.acc_first, address, drain_address)),
                          write.addr.eq(address), write.en.eq(mine), write.data.eq(total)]
             old.append(read.data)
         m.d.comb += [total.eq(contribution + Mux(self.acc_first, 0, Mux(bank, old[1], old[0]))),
@@ -228,7 +230,7 @@ class PeArray(wiring.Component):
     row_en, row, maximum, control : an MBUF row enters (stage 1), with its vector's largest exponent
     scale, minimum : scales of the tile in use, valid one cycle after row_en of its rows
     tile_done : every row of a column tile is in the accumulators (`latency` cycles after its last row)
-    drain_row, drain : accumulators of one row (combinational)
+    drain_row, drain : accumulators of one row (combinational), but not while drain_busy
     """
 
     latency = 14
@@ -242,7 +244,7 @@ class PeArray(wiring.Component):
             "row_en": In(1), "row": In(AlignedRow(config)), "maximum": In(signed(9)), "control": In(RowControl(config)),
             "scale": In(Scale()).array(config.columns, config.blocks),
             "minimum": In(Scale()).array(config.columns, config.blocks),
-            "tile_done": Out(1),
+            "tile_done": Out(1), "drain_busy": Out(1),
             "drain_row": In(range(2 * config.acc_rows)), "drain": Out(signed(ACC_BITS)).array(config.columns),
         })
 
@@ -270,7 +272,8 @@ class PeArray(wiring.Component):
         control = at(self.control, times.added, "control")
         last = _delay(m, enables[times.added] & control.last, self.latency - times.added, "last",
                       reset_less=False)
-        m.d.comb += self.tile_done.eq(last)
+        m.d.comb += [self.tile_done.eq(last), self.drain_busy.eq(
+            enables[times.added] & ~control.first & (control.acc[-1] == self.drain_row[-1]))]
         mantissas = [at(value, times.row + skew(config.dsp, k), f"mantissa{k:02}")
                      for k, value in enumerate(self.row.mantissa)]
         blocks = []

@@ -4,6 +4,9 @@ Three parts work at the same time: `TileFeed` turns the weight stream or KV tile
 sequencer walks the rows (h, n, k, g, t) and issues one MBUF row a cycle, the drain delivers finished accumulator rows
 to the vector unit, `V` columns a cycle.
 
+Up to four column tiles are on their way to the output, if their rows fill no more than half a bank of accumulators;
+else two.
+
 Timing of a tile: its rows are issued (S0: MBUF address), used one cycle later (S1: dot product). The next tile is
 loaded meanwhile, into registers of its own, and is in use with its first row: rows follow each other in every cycle,
 and superbeats do where a tile has fewer rows than superbeats.
@@ -245,21 +248,27 @@ class ComputeUnit(wiring.Component):
         _, rest = lowest(m, left, "row")
         begin = Signal()  # of a MATMUL
         taken = fields(self.cmd.payload.body, _MATMUL)
-        acc_row, bank = Signal(range(config.acc_rows)), Signal()
+        few = taken.groups * self.cmd.payload.rows <= config.acc_rows // 2  # rows fill no more than half a bank
+        acc_row, bank, halves = Signal(range(config.acc_rows)), Signal(2), Signal()
         full, issue, tile_ready, banks_free = Signal(), Signal(), Signal(), Signal()  # full: the next tile is there
+
+        def place(row, bank, halves):
+            """Accumulator row of a bank: banks 2 and 3 of halves are the upper ones of 0 and 1."""
+            return Cat(row[:-1], row[-1] | (bank[1] & halves), bank[0])
+
         swap, last_tile, fed = Signal(), Signal(), Signal()  # fed: nothing of the MATMUL is left to load
         last_t, last_g, last_k, last_n, last_h = Signal(), Signal(), Signal(), Signal(), Signal()
         first_t, last_row, first_row, last_of_all = Signal(), Signal(), Signal(), Signal()
         last_plane = (mode != MatmulMode.W8) | plane
         started, drained = Signal(), Signal()
-        in_flight = Signal(2)
+        in_flight, most_in_flight = Signal(3), Signal(3)
         m.d.comb += [
             last_t.eq(rest == 0), last_g.eq(g == f.groups - 1), last_k.eq((k == f.k_tiles - 1) & last_plane),
             last_n.eq(n == f.n_tiles - 1), last_h.eq(h == f.heads - 1),
             last_row.eq(last_t & last_g), first_row.eq(first_t & (g == 0)),
             last_tile.eq(last_k & last_n & last_h), last_of_all.eq(last_row & last_tile),
             tile_ready.eq(full | ~first_row), swap.eq(issue & first_row),
-            banks_free.eq((in_flight < 2) | ~(first_row & (k == 0) & ~plane)),
+            banks_free.eq((in_flight < most_in_flight) | ~(first_row & (k == 0) & ~plane)),
             issue.eq(running & tile_ready & banks_free),
             self.busy.eq(running | dropping | (in_flight != 0)),
         ]
@@ -282,7 +291,7 @@ class ComputeUnit(wiring.Component):
                 with m.If(last_plane):
                     m.d.sync += k.eq(k + 1)
                 with m.If(last_k):
-                    m.d.sync += [k.eq(0), n.eq(n + 1), bank.eq(~bank)]
+                    m.d.sync += [k.eq(0), n.eq(n + 1), bank.eq(bank + 1)]
                     with m.If(last_n):
                         m.d.sync += [n.eq(0), h.eq(h + 1), vector_h.eq(vector_h + f.head_stride)]
         # Where the row after this one starts: its g and h, and as many row strides as its number.
@@ -312,7 +321,7 @@ class ComputeUnit(wiring.Component):
         ]
         with m.If(issue):
             m.d.sync += [
-                control.acc.eq(Cat(acc_row, bank)), control.first.eq((k == 0) & ~plane),
+                control.acc.eq(place(acc_row, bank, halves)), control.first.eq((k == 0) & ~plane),
                 control.signed_codes.eq((mode == MatmulMode.W4) | ((mode == MatmulMode.W8) & ~plane)),
                 control.minimum.eq(mode == MatmulMode.W4M),
                 control.last.eq(last_row & last_k),
@@ -359,7 +368,7 @@ class ComputeUnit(wiring.Component):
         with m.If(begin):
             m.d.sync += [
                 running.eq(1), fed.eq(0), body.eq(self.cmd.payload.body), mask.eq(self.cmd.payload.mask),
-                h.eq(0), n.eq(0), k.eq(0), plane.eq(0), g.eq(0), first_t.eq(1), acc_row.eq(0),
+                halves.eq(few), h.eq(0), n.eq(0), k.eq(0), plane.eq(0), g.eq(0), first_t.eq(1), acc_row.eq(0),
                 vector_h.eq(self.cmd.payload.x),
                 request_h.eq(0), request_n.eq(0), request_k.eq(0),
                 requesting.eq((taken.mode == MatmulMode.QK) | (taken.mode == MatmulMode.PV)),
@@ -375,7 +384,7 @@ class ComputeUnit(wiring.Component):
         # Drain.
         info_layout = data.StructLayout({
             "mask": config.tokens, "groups": 8, "heads": 8, "n_tiles": 14, "beats": 16, "mode": 3,
-            "scale_exponent": signed(7)})
+            "scale_exponent": signed(7), "halves": 1})
         infos = [Signal(info_layout, name=f"info{i}") for i in range(2)]
         info_count = Signal(2)
         info_done = Signal()
@@ -385,6 +394,9 @@ class ComputeUnit(wiring.Component):
             incoming.mask.eq(self.cmd.payload.mask), incoming.groups.eq(taken.groups), incoming.heads.eq(taken.heads),
             incoming.n_tiles.eq(taken.n_tiles), incoming.beats.eq(taken.beats), incoming.mode.eq(taken.mode),
             incoming.scale_exponent.eq(taken.scale_exponent), queue_space.eq(info_count < 2),
+            incoming.halves.eq(few),
+            # four, if all column tiles on their way are of commands with few rows
+            most_in_flight.eq(Mux(Cat(info.halves | (info_count <= i) for i, info in enumerate(infos)).all(), 4, 2)),
         ]
         m.d.sync += info_count.eq(info_count + begin - info_done)
         with m.If(info_done):
@@ -399,19 +411,19 @@ class ComputeUnit(wiring.Component):
         keep, recall = maxima.write_port(), maxima.read_port(domain="comb")
         m.d.comb += [keep.en.eq(used & control.first), keep.addr.eq(control.acc), keep.data.eq(mbuf.read_maximum)]
 
-        ready_tiles = Signal(2)
+        ready_tiles = Signal(3)
         dh, dn, dg, passed = Signal(8), Signal(14), Signal(8), Signal(config.tokens)  # passed: rows of this dg
         _, drain_rest = lowest(m, current.mask & ~passed, "drain")
         dc, beat = Signal(range(vectors)), Signal(16)
         beat_base = Signal(16)
-        drain_row, drain_bank = Signal(range(config.acc_rows)), Signal()
+        drain_row, drain_bank = Signal(range(config.acc_rows)), Signal(2)
         drain_slot = Signal()
         draining, advance = Signal(), Signal()
         m.d.comb += [
             draining.eq(ready_tiles != 0),
-            advance.eq(draining & (~self.out.valid | self.out.ready)),
-            self.drain_blocked.eq(draining & ~advance),
-            array.drain_row.eq(Cat(drain_row, drain_bank)), recall.addr.eq(Cat(drain_row, drain_bank)),
+            advance.eq(draining & ~array.drain_busy & (~self.out.valid | self.out.ready)),
+            self.drain_blocked.eq(draining & self.out.valid & ~self.out.ready),
+            array.drain_row.eq(place(drain_row, drain_bank, current.halves)), recall.addr.eq(array.drain_row),
             self.starved.eq(running & ~tile_ready), beat.eq(beat_base + dc),
             self.exponent_slot.eq(drain_slot), self.exponent_head.eq(dh),
         ]
@@ -454,7 +466,7 @@ class ComputeUnit(wiring.Component):
                 with m.If(last_dt):
                     m.d.sync += [passed.eq(0), dg.eq(dg + 1)]
             with m.If(drained):
-                m.d.sync += [dg.eq(0), drain_row.eq(0), drain_bank.eq(~drain_bank), dn.eq(dn + 1),
+                m.d.sync += [dg.eq(0), drain_row.eq(0), drain_bank.eq(drain_bank + 1), dn.eq(dn + 1),
                              beat_base.eq(beat_base + vectors)]
                 with m.If(last_dn):
                     m.d.sync += [dn.eq(0), beat_base.eq(0), dh.eq(dh + 1)]

@@ -29,11 +29,11 @@ def test_rows_state_value_label_and_gap(row, cells):
 def test_decode_is_predicted_and_what_does_not_fit_is_said():
     found = decode_section(preset("sim"), quiet, ("smollm2-135m", "llama2-13b"))
     rows = {row.what: row for row in found.rows}
-    rate = rows["smollm2-135m, 25% skipped: tokens/s"]
+    rate = rows["smollm2-135m, 25% skipped, q4_g128: tokens/s"]
     assert rate.label == "predicted" and 800 < rate.ours < 3000
-    assert rows["smollm2-135m, 25% skipped: GB per token"].ours == pytest.approx(0.075, rel=0.1)
-    assert rows["llama2-13b, 25% skipped: tokens/s"].ours is None
-    assert found.notes[0].startswith("llama2-13b, 25% skipped: model llama2-13b does not fit configuration sim")
+    assert rows["smollm2-135m, 25% skipped, q4_g128: GB per token"].ours == pytest.approx(0.072, rel=0.1)
+    assert rows["llama2-13b, 25% skipped, q4_g128: tokens/s"].ours is None
+    assert found.notes[0].startswith("llama2-13b, 25% skipped, q4_g128: model llama2-13b does not fit configuration ")
 
 
 def test_steps_of_figure_8_save_time_each():

@@ -243,20 +243,35 @@ async def drops_a_superbeat_in_every_cycle(dut, count):
     assert machine.count["busy"] == count + 1 and not machine.active and not machine.count["starved"]
 
 
-@bench()
-async def waits_while_both_banks_are_full(dut):
-    """With a blocked output two column tiles are computed, then the array stops until the output moves."""
+@bench(groups=[2, 3])
+async def waits_while_all_banks_are_full(dut, groups):
+    """With a blocked output four column tiles are computed, or two of more rows than fill half a bank, then the array
+    stops until the output moves."""
     rng = np.random.default_rng(5)
     machine = ComputeBench(dut, sink_stall=1.0)
-    matmul = machine.make(rng, MatmulMode.W4, heads=1, groups=1, rows=2, n_tiles=5, k_tiles=2)
+    config = machine.config
+    assert config.acc_rows == 4 * config.tokens
+    matmul = machine.make(rng, MatmulMode.W4, heads=1, groups=groups, rows=config.tokens, n_tiles=6, k_tiles=2)
     expected, = await machine.send(matmul)
-    await ClockCycles(dut.clk, 200)
-    assert len(machine.active) == 2 * 2 * 2
+    await ClockCycles(dut.clk, 400)
+    assert len(machine.active) == (4 if groups == 2 else 2) * 2 * groups * config.tokens
     assert machine.count["drain_blocked"] > 100 and machine.count["done"] == 0
     machine.sink.stall = Stall.NEVER
     got = [(beat["acc"], beat["exponent"]) for beat in await machine.sink.take(len(expected))]
     assert got == expected
     assert machine.count["done"] == 1
+
+
+@bench(stall=[Stall.NEVER, Stall.HALF], sink_stall=[Stall.NEVER, Stall.HALF], timeout_cycles=60_000)
+async def few_and_many_rows_share_the_banks(dut, stall, sink_stall):
+    """Commands whose rows fill half a bank at most, and others: short ones, so that several are on their way."""
+    rng = np.random.default_rng(12)
+    machine = ComputeBench(dut, stall=stall, sink_stall=sink_stall, seed=12)
+    for _ in range(4):
+        machine.next_row = 0
+        await machine.run(*(machine.make(rng, mode, heads=int(rng.integers(1, 4)), groups=groups,
+                                         rows=int(rng.integers(1, 5)), n_tiles=int(rng.integers(1, 4)), k_tiles=1)
+                            for groups in (1, 4, 1, 1, 3, 2) for mode in [rng.choice([MatmulMode.W4, MatmulMode.W4M])]))
 
 
 def _gaps(cycles):
@@ -311,6 +326,6 @@ async def debug_shows_rows_of_mbuf(dut):
 def test_matmul(config):
     run_bench(ComputeUnit(config=config), every_mode_matches, single_commands_match, every_limit_of_beats,
               blocks_share_scales, a_mask_chooses_the_rows, drops_weights_between_products,
-              drops_a_superbeat_in_every_cycle, waits_while_both_banks_are_full,
+              drops_a_superbeat_in_every_cycle, waits_while_all_banks_are_full, few_and_many_rows_share_the_banks,
               one_row_runs_at_the_speed_of_the_stream, tiles_follow_each_other_without_a_gap, debug_shows_rows_of_mbuf,
               parameters=dataclasses.asdict(config))
