@@ -30,6 +30,7 @@ _MODULE = re.compile(r"^((?:attribute [^\n]*\n)*)module (\\\S+)\n(.*?)^end\n", r
 _CELL = re.compile(r"^  cell (\\\S+) ", re.M)
 _STATEMENT = re.compile(r"(?:^  attribute [^\n]*\n)*^  (?:(?:cell|process) .*?^  end\n|[^\n]*\n)", re.M | re.S)
 _PORT = re.compile(r"^(  wire .*(?:input|output|inout)) \d+ ", re.M)
+_NUMBERED = re.compile(r"\\port\$\d+\$\d+")  # what Amaranth calls an enable or a reset that enters from outside
 
 
 class SynthesisError(ValueError):
@@ -128,7 +129,7 @@ def share_modules(text):
 
     text : RTLIL as Amaranth writes it, the top module first: every instance has a module of its own
     """
-    modules = {name: (attributes, body) for attributes, name, body in _MODULE.findall(text)}
+    modules = _plain_ports({name: (attributes, body) for attributes, name, body in _MODULE.findall(text)})
     first, known, bodies, size, parts = {}, {}, {}, {}, {}
 
     def place(name):
@@ -156,6 +157,27 @@ def share_modules(text):
         boundary = "attribute \\keep_hierarchy 1\n" if stays else ""
         out.append(f"{modules[name][0]}{boundary}module {name}\n{body}end\n")
     return text[:_MODULE.search(text).start()] + "".join(out)
+
+
+def _plain_ports(modules):
+    """The modules with ports whose names count from 0 in each, where Amaranth counts through the whole design."""
+    names = {}
+    for name, (_, body) in modules.items():
+        found = dict.fromkeys(_NUMBERED.findall("\n".join(line for line in body.split("\n") if _PORT.match(line))))
+        names[name] = {port: f"\\port${index}" for index, port in enumerate(found)}
+    renamed = {}
+    for name, (attributes, body) in modules.items():
+        own, inner, out = names[name], {}, []
+        for line in body.split("\n"):
+            if line.startswith("  cell "):
+                inner = names.get(line.split()[1], {})
+            head = ""
+            if inner and line.startswith("    connect "):
+                _, port, line = line.split(maxsplit=2)
+                head = f"    connect {inner.get(port, port)} "
+            out.append(head + _NUMBERED.sub(lambda found: own.get(found[0], found[0]), line))
+        renamed[name] = attributes, "\n".join(out)
+    return renamed
 
 
 def _content(body):

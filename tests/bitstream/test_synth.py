@@ -1,11 +1,12 @@
 """Resources are counted completely, repeated modules once, results come from the cache, and mistakes are one line."""
 
 import json
+import re
 from collections import Counter
 from fractions import Fraction
 
 import pytest
-from amaranth.hdl import Instance, Module, signed
+from amaranth.hdl import Cat, Instance, Module, Signal, signed
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -134,6 +135,48 @@ def test_equal_modules_become_one_and_keep_their_boundary(monkeypatch):
     assert shared.count("keep_hierarchy 1") == 2 and shared.count("  cell \\top") == 3 + 4
     monkeypatch.setattr(synth, "_WORTH", 10_000)
     assert "keep_hierarchy" not in share_modules(text)
+
+
+class Enabled(wiring.Component):
+    """``count`` delays; no signal has their enables, so that Amaranth numbers the ports."""
+
+    def __init__(self, count):
+        self.count = count
+        super().__init__({"en": In(1).array(count, 2), "a": In(8).array(count), "y": Out(8).array(count)})
+
+    def elaborate(self, platform):
+        m = Module()
+        for index in range(self.count):
+            m.submodules[f"unit{index}"] = unit = Delay()
+            m.d.comb += [unit.a.eq(self.a[index]), self.y[index].eq(unit.y),
+                         unit.en.eq(Cat(self.en[index][bit] & self.a[index][bit] for bit in range(2)))]
+        return m
+
+
+class Delay(wiring.Component):
+    """Two registers with an enable each."""
+
+    en: In(2)
+    a: In(8)
+    y: Out(8)
+
+    def elaborate(self, platform):
+        m = Module()
+        first = Signal(8)
+        with m.If(self.en[0]):
+            m.d.sync += first.eq(self.a)
+        with m.If(self.en[1]):
+            m.d.sync += self.y.eq(first)
+        return m
+
+
+def test_modules_are_equal_whatever_number_amaranth_gives_their_ports(monkeypatch):
+    monkeypatch.setattr(synth, "_WORTH", 0)
+    text = to_rtlil(Enabled(4), name="top")
+    named = re.compile(r"^    connect (\\port\S*) (.*)", re.M)
+    before, shared = named.findall(text), share_modules(text)
+    assert len({port for port, _ in before}) == 8 and shared.count("\nmodule ") == 2
+    assert named.findall(shared) == [(f"\\port${index % 2}", value) for index, (_, value) in enumerate(before)]
 
 
 def test_a_result_comes_from_the_cache_until_something_differs():
