@@ -26,6 +26,23 @@ _TOP = "synth_top"
 _REPEATED = 4  # instances from which a module is synthesised once
 _WORTH = 400  # lines of RTLIL from which a module is worth it; smaller ones are better optimised where they are used
 
+# Yosys's library for UltraScale offers a cell of 65,536 rows, which nothing maps, to memories with one address for both
+# ports and more than 256 rows. They get the cell that exists before that library is asked.
+_ONE_ADDRESS = """ram distributed $__XILINX_LUTRAM_SP_ {
+\tcost 16;
+\twidthscale;
+\toption "ABITS" 9 {
+\t\tabits 9;
+\t\twidths 1 global;
+\t}
+\tinit any;
+\tport arsw "RW" {
+\t\tclock posedge;
+\t}
+}
+"""
+_ONE_ADDRESS_SELECTED = "t:$mem_v2 r:RD_PORTS=1 %i r:WR_PORTS=1 %i r:RD_CLK_ENABLE=1'0 %i r:SIZE>256 %i"
+
 _MODULE = re.compile(r"^((?:attribute [^\n]*\n)*)module (\\\S+)\n(.*?)^end\n", re.M | re.S)
 _CELL = re.compile(r"^  cell (\\\S+) ", re.M)
 _STATEMENT = re.compile(r"(?:^  attribute [^\n]*\n)*^  (?:(?:cell|process) .*?^  end\n|[^\n]*\n)", re.M | re.S)
@@ -70,15 +87,22 @@ class Target:
     cells: dict[str, Resources]  #: of one cell
     part: str  #: the largest device that configurations are made for
     available: Resources  #: of that device; block memory in the larger kind
+    library: str = ""  #: of memories that are mapped before the stage ``map_memory``
 
     @property
     def luts(self):
         """LUTs of the largest device."""
         return self.available.luts
 
-    def commands(self):
-        """The command in its stages."""
-        return [f"{self.command} -top {_TOP} -run {begin}:{end}" for begin, end in zip(self.stages, self.stages[1:])]
+    def commands(self, library):
+        """The command in its stages; library : where the library's text lies."""
+        out = []
+        for begin, end in zip(self.stages, self.stages[1:]):
+            if self.library and begin == "map_memory":
+                out += [f"memory_libmap -lib {library} {_ONE_ADDRESS_SELECTED}",
+                        "techmap -map +/xilinx/lutrams_xc5v_map.v"]
+            out.append(f"{self.command} -top {_TOP} -run {begin}:{end}")
+        return out
 
 
 def _lutram(luts):
@@ -109,7 +133,7 @@ TARGETS = {item.name: item for item in [
     Target("xcup", "AMD UltraScale+", "synth_xilinx -family xcup -flatten -noiopad -noclkbuf -uram",
            ("begin", "prepare", "map_dsp", "coarse", "map_memory", "map_ffram", "fine", "map_cells", "map_ffs",
             "map_luts", "finalize", "check"), _XCUP, "XCU280",
-           Resources(luts=1_303_680, ffs=2_607_360, dsps=9_024, bram36=2_016, uram=960)),
+           Resources(luts=1_303_680, ffs=2_607_360, dsps=9_024, bram36=2_016, uram=960), _ONE_ADDRESS),
     Target("ecp5", "Lattice ECP5", "synth_ecp5 -noiopad",
            ("begin", "coarse", "map_ram", "map_ffram", "map_gates", "map_ffs", "map_luts", "map_cells", "check"),
            _ECP5, "LFE5U-85F", Resources(luts=83_640, ffs=83_640, dsps=156, bram18=208)),
@@ -203,13 +227,14 @@ def synthesise(component, on, *, name="the design", log=None):
     say = log or (lambda stage: None)
     say(f"{name}: elaborating")
     text = share_modules(to_rtlil(component, name=_TOP, primitives=True))
-    key = hashlib.sha256("\0".join([text, version("pyosys"), *on.commands()]).encode()).hexdigest()
+    key = hashlib.sha256("\0".join([text, version("pyosys"), on.library, *on.commands("library")]).encode()).hexdigest()
 
     def make():
         with tempfile.TemporaryDirectory() as folder:
-            source, result = Path(folder, "design.il"), Path(folder, "cells.json")
+            source, library, result = (Path(folder, name) for name in ("design.il", "library.txt", "cells.json"))
             source.write_text(text)
-            run_yosys([f"read_rtlil {source}", *on.commands(), f"tee -q -o {result} stat -json -top {_TOP}"], name=name,
+            library.write_text(on.library)
+            run_yosys([f"read_rtlil {source}", *on.commands(library), f"tee -q -o {result} stat -json -top {_TOP}"], name=name,
                       log=lambda command: say(f"{name}: {_stage(command)}"))
             return json.dumps(cells_of(json.loads(result.read_text())["modules"], _TOP), sort_keys=True)
 

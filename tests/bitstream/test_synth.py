@@ -179,6 +179,26 @@ def test_modules_are_equal_whatever_number_amaranth_gives_their_ports(monkeypatc
     assert named.findall(shared) == [(f"\\port${index % 2}", value) for index, (_, value) in enumerate(before)]
 
 
+@pytest.mark.parametrize("depth, cells", [(256, {"RAM256X1S": 3}), (512, {"RAM512X1S": 3}), (1024, {"RAM512X1S": 6})])
+def test_memories_with_one_address_get_a_cell_that_exists(depth, cells):
+    class OneAddress(wiring.Component):
+        en: In(1)
+        at: In(range(depth))
+        data: In(3)
+        y: Out(3)
+
+        def elaborate(self, platform):
+            m = Module()
+            m.submodules.memory = memory = Memory(shape=3, depth=depth, init=[])
+            read, write = memory.read_port(domain="comb"), memory.write_port()
+            m.d.comb += [read.addr.eq(self.at), write.addr.eq(self.at), write.en.eq(self.en), write.data.eq(self.data),
+                         self.y.eq(read.data)]
+            return m
+
+    found = synthesise(OneAddress(), XCUP)
+    assert {name: count for name, count in found.items() if name.startswith("RAM")} == cells
+
+
 def test_a_result_comes_from_the_cache_until_something_differs():
     def stages(component):
         said = []
