@@ -199,9 +199,13 @@ def _plain_ports(modules):
             if inner and line.startswith("    connect "):
                 _, port, line = line.split(maxsplit=2)
                 head = f"    connect {inner.get(port, port)} "
-            out.append(head + _NUMBERED.sub(lambda found: own.get(found[0], found[0]), line))
+            out.append(head + _renumbered(line, own))
         renamed[name] = attributes, "\n".join(out)
     return renamed
+
+
+def _renumbered(line, names):
+    return _NUMBERED.sub(lambda found: names.get(found[0], found[0]), line)
 
 
 def _content(body):
@@ -234,8 +238,8 @@ def synthesise(component, on, *, name="the design", log=None):
             source, library, result = (Path(folder, name) for name in ("design.il", "library.txt", "cells.json"))
             source.write_text(text)
             library.write_text(on.library)
-            run_yosys([f"read_rtlil {source}", *on.commands(library), f"tee -q -o {result} stat -json -top {_TOP}"], name=name,
-                      log=lambda command: say(f"{name}: {_stage(command)}"))
+            run_yosys([f"read_rtlil {source}", *on.commands(library), f"tee -q -o {result} stat -json -top {_TOP}"],
+                      name=name, log=lambda command: say(f"{name}: {_stage(command)}"))
             return json.dumps(cells_of(json.loads(result.read_text())["modules"], _TOP), sort_keys=True)
 
     return Counter(json.loads(cached_text("synth", f"{key}.json", make)))

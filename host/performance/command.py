@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -226,6 +227,8 @@ def paper(output: Annotated[str, typer.Option("-o", "--output", help="Page to wr
           synthesis: Annotated[str, typer.Option("--synthesis", help="What Yosys synthesises: all (tables 1 and 2, "
                                                                      "hours for u280), unit (table 1), none.")]
           = "unit",
+          resources: Annotated[str | None, typer.Option("--resources", help="Table 2 from what `skipopu synth --config "
+                                                                            "NAME --json` printed.")] = None,
           as_json: JsonOption = False) -> None:
     """Write the paper's tables beside ours: its value, ours, what kind of figure, the gap, the command."""
     from ..console import whole_file
@@ -234,10 +237,11 @@ def paper(output: Annotated[str, typer.Option("-o", "--output", help="Page to wr
     options = [f"--config {config}"] if config != "u280" else []
     options += ["--kv kv.json"] if kv else []
     options += [f"--synthesis {synthesis}"] if synthesis != "unit" else []
+    options += [f"--resources {Path(resources).name}"] if resources else []
     command = " ".join(["skipopu bench paper", *options])
     kv_memory = tables.kv_section(kv)
     with whole_file(output) as partial, progress("tables") as update:
-        sections = tables.sections(chosen, kv_memory, synthesis, lambda line: update(None, line[:80]))
+        sections = tables.sections(chosen, kv_memory, synthesis, lambda line: update(None, line[:80]), resources)
         partial.write_text(tables.document(sections, chosen, command), encoding="utf-8")
     if as_json:
         print_json({"sections": [{"title": item.title, "rows": [vars(row) for row in item.rows]} for item in sections]})

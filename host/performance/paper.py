@@ -87,22 +87,43 @@ def unit_section(config: OverlayConfig, log: Log) -> Section:
     ])
 
 
-def whole_section(config: OverlayConfig, log: Log, synthesise: bool = True) -> Section:
-    """Table 2: shares of the device. synthesise : False leaves ours open"""
+def whole_section(config: OverlayConfig, log: Log, synthesise: bool = True, report: str | None = None) -> Section:
+    """Table 2: shares of the device.
+
+    synthesise : False leaves ours open; report : file that ``skipopu synth --config NAME --json`` wrote, read instead
+    Raises RequestError for another file.
+    """
     module = import_module("skipopu.bitstream.whole")
     command = f"skipopu synth --config {config.name}"
-    if not synthesise:
+    if not synthesise and report is None:
         return Section("Table 2: resources", [Row(name, share, None, "estimated", command, "{:.2%}")
                                               for name, share in module.PAPER.items()],
-                       ["Not synthesised in this run, which takes an hour or more; the command does it."])
-    log("synthesis of all blocks")
-    found = module.whole(config.name, "xcup", log)
+                       ["Not synthesised in this run, which takes hours; the command does it, and --resources takes "
+                        "its report."])
+    if report is None:
+        log("synthesis of all blocks")
+        found = module.whole(config.name, "xcup", log)
+    else:
+        found = _whole_report(report, config.name)
     rows = [Row(f"{name} of {found['device']}", module.PAPER.get(name), share, "estimated", command, "{:.2%}")
             for name, share in found["shares"].items()]
     return Section("Table 2: resources", rows, [
         "Ours is a sum of blocks, each synthesised by Yosys, before placement: no timing, nothing shared between "
         "blocks, no two small LUTs in one. The paper's is after implementation, with its platform.",
     ])
+
+
+def _whole_report(path: str, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(Path(path).read_text())
+        shares = {key: float(share) for key, share in found["shares"].items()}
+        found = {"device": str(found["device"]), "config": found["config"], "shares": shares}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise RequestError(f"{path} holds no report of `skipopu synth --config {name} --json`; give what it "
+                           "prints") from None
+    if found["config"] != name:
+        raise RequestError(f"{path} is of configuration {found['config']}, not {name}")
+    return found
 
 
 def _decode_rows(name: str, config: OverlayConfig, skip: float, kind: str, paper: tuple[float | None, float | None],
@@ -242,13 +263,14 @@ def _best(rows: Sequence[dict[str, Any]], pattern: str, buffered: int | None, ke
 SYNTHESIS = ("all", "unit", "none")
 
 
-def sections(config: OverlayConfig, kv_memory: Section, synthesis: str, log: Log) -> list[Section]:
-    """All tables; synthesis : one of SYNTHESIS. Raises RequestError for another."""
+def sections(config: OverlayConfig, kv_memory: Section, synthesis: str, log: Log,
+             resources: str | None = None) -> list[Section]:
+    """All tables; synthesis : one of SYNTHESIS; resources : a report for table 2. RequestError for others."""
     if synthesis not in SYNTHESIS:
         raise RequestError(f"--synthesis takes {', '.join(SYNTHESIS)}, not {synthesis!r}")
     first = [unit_section(config, log)] if synthesis != "none" else []
-    return [*first, whole_section(config, log, synthesis == "all"), decode_section(config, log),
-            prefill_section(config, log), kv_memory]
+    whole = whole_section(config, log, synthesis == "all", resources)
+    return [*first, whole, decode_section(config, log), prefill_section(config, log), kv_memory]
 
 
 def document(sections: Sequence[Section], config: OverlayConfig, command: str) -> str:

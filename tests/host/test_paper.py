@@ -86,6 +86,27 @@ def test_what_is_not_synthesised_is_left_open():
         paper.sections(preset("u280"), kv_section(None), "some", quiet)
 
 
+def test_resources_come_from_a_report(tmp_path):
+    path = tmp_path / "u280.json"
+    report = {"config": "u280", "device": "XCU280", "shares": {"LUT": 0.7, "BRAM36": 0.2}}
+    path.write_text(json.dumps(report))
+    found = paper.whole_section(preset("u280"), quiet, synthesise=False, report=str(path))
+    assert [row.cells()[:5] for row in found.rows] == [
+        ["LUT of XCU280", "98.85%", "70.00%", "estimated", "-28.85 points"],
+        ["BRAM36 of XCU280", "-", "20.00%", "estimated", "-"]]
+    with pytest.raises(RequestError, match=r"u280\.json is of configuration u280, not tiny"):
+        paper.whole_section(preset("tiny"), quiet, report=str(path))
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", '{"config": "u280", "device": "XCU280"}',
+                                  '{"config": "u280", "device": "XCU280", "shares": {"LUT": "much"}}'])
+def test_other_reports_of_resources_are_refused(tmp_path, text):
+    if text is not None:
+        (tmp_path / "u280.json").write_text(text)
+    with pytest.raises(RequestError, match="holds no report of `skipopu synth --config u280 --json`; give what it"):
+        paper.whole_section(preset("u280"), quiet, report=str(tmp_path / "u280.json"))
+
+
 def test_command_writes_the_page(capsys, tmp_path, monkeypatch):
     some = Section("Table 9: things", [Row("thing", 0.5, 0.6, "predicted", "skipopu fit")], ["Why."])
     monkeypatch.setattr(paper, "sections", lambda *_: [some])
