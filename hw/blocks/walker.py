@@ -50,7 +50,10 @@ class LoopWalker(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         config, nest = self.config, self.nest
-        g, c, base = Signal(8), Signal(range(config.columns // config.vector_lanes)), Signal(16)
+        c, base = Signal(range(config.columns // config.vector_lanes)), Signal(16)
+        # Counted from 1, so that the last of a loop is found without a subtraction: beats of the row and of what lies
+        # before its column tile, g, h.
+        beats, tile_beats, groups, heads = Signal(16), Signal(16), Signal(8), Signal(8)
         offset_t, offset_g, offset_h = Signal(16), Signal(16), Signal(16)
         state_g = Signal(range(config.state_rows + config.tokens))
         table_t = Signal(16)
@@ -59,13 +62,13 @@ class LoopWalker(wiring.Component):
         m.d.comb += [
             self.beat.eq(base + c), self.column.eq(c), self.offset.eq(offset_t + base + c),
             self.table.eq(table_t + inside), self.state.eq(state_g + self.row),
-            self.row_last.eq(self.beat == nest.beats - 1),
+            self.row_last.eq(beats == nest.beats),
         ]
         rest = Signal(config.tokens)  # rows after this one
         tile_last, last_t, last_g, last_h = Signal(), self.final_row, Signal(), Signal()
         m.d.comb += [
             tile_last.eq(self.row_last | (c == nest.per_tile - 1)), last_t.eq(rest == 0),
-            last_g.eq(g == nest.groups - 1), last_h.eq(self.head == nest.heads - 1),
+            last_g.eq(groups == nest.groups), last_h.eq(heads == nest.heads),
             self.last.eq(self.row_last & last_t & last_g & last_h),
         ]
         next_row, next_rest = lowest(m, Mux(self.start | last_t, nest.mask, rest))
@@ -78,35 +81,38 @@ class LoopWalker(wiring.Component):
             place_next.eq(Mux(self.place + 1 == nest.vector, 0, self.place + 1)),
         ]
         with m.If(self.start):
-            for signal in (g, c, base, offset_g, offset_h, state_g, inside, inside_tile, turn_tile, place_tile,
+            for signal in (c, base, offset_g, offset_h, state_g, inside, inside_tile, turn_tile, place_tile,
                            self.head, self.turn, self.place):
                 m.d.sync += signal.eq(0)
+            m.d.sync += [signal.eq(1) for signal in (beats, tile_beats, groups, heads)]
             m.d.sync += [self.row.eq(next_row), rest.eq(next_rest), offset_t.eq(row_offset), table_t.eq(row_table)]
         with m.Elif(self.step):
-            m.d.sync += [c.eq(c + 1), inside.eq(inside_next), self.turn.eq(turn_next), self.place.eq(place_next)]
+            m.d.sync += [c.eq(c + 1), beats.eq(beats + 1), inside.eq(inside_next), self.turn.eq(turn_next),
+                         self.place.eq(place_next)]
             with m.If(tile_last):
                 # Next row of the same column tile: back to where the tile began.
                 m.d.sync += [
-                    c.eq(0), inside.eq(inside_tile), self.turn.eq(turn_tile), self.place.eq(place_tile),
-                    self.row.eq(next_row), rest.eq(next_rest), offset_t.eq(offset_g + row_offset),
-                    table_t.eq(row_table),
+                    c.eq(0), beats.eq(tile_beats), inside.eq(inside_tile), self.turn.eq(turn_tile),
+                    self.place.eq(place_tile), self.row.eq(next_row), rest.eq(next_rest),
+                    offset_t.eq(offset_g + row_offset), table_t.eq(row_table),
                 ]
                 with m.If(last_t):
                     m.d.sync += [
-                        g.eq(g + 1), offset_t.eq(offset_g + nest.group_stride + row_offset),
+                        groups.eq(groups + 1), offset_t.eq(offset_g + nest.group_stride + row_offset),
                         offset_g.eq(offset_g + nest.group_stride), state_g.eq(state_g + config.tokens),
                     ]
                     with m.If(last_g):
                         # Next column tile of this head, or the next head.
                         m.d.sync += [
-                            g.eq(0), offset_t.eq(offset_h + row_offset), offset_g.eq(offset_h),
-                            base.eq(base + nest.per_tile),
+                            groups.eq(1), offset_t.eq(offset_h + row_offset), offset_g.eq(offset_h),
+                            base.eq(base + nest.per_tile), beats.eq(beats + 1), tile_beats.eq(beats + 1),
                             inside.eq(inside_next), inside_tile.eq(inside_next), self.turn.eq(turn_next),
                             turn_tile.eq(turn_next), self.place.eq(place_next), place_tile.eq(place_next),
                         ]
                         with m.If(self.row_last):
                             m.d.sync += [
-                                base.eq(0), self.head.eq(self.head + 1),
+                                base.eq(0), beats.eq(1), tile_beats.eq(1), heads.eq(heads + 1),
+                                self.head.eq(self.head + 1),
                                 offset_t.eq(offset_h + nest.head_stride + row_offset),
                                 offset_g.eq(offset_h + nest.head_stride), offset_h.eq(offset_h + nest.head_stride),
                                 inside.eq(0), inside_tile.eq(0), self.turn.eq(0), turn_tile.eq(0), self.place.eq(0),
