@@ -425,6 +425,9 @@ class _Machine:
                     beats = rows
                 drain = max(end + cycles.array, self.drain + 1, self.issued)
                 issue = max(drain + 1, self.issued + 1)
+                # a column tile that waited drains beside others, of which every second accumulates in its bank
+                missed = beats // (2 * tile) if drain > end + cycles.array and inner > 1 and all(self.halves) else 0
+                beats += missed
                 self.issued = issue + beats - 1
                 self.drain = drain if beats == 1 else max(drain + beats - 1, self.issued - 1)
                 self.drained.append(self.drain)
