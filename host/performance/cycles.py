@@ -495,8 +495,9 @@ class _Machine:
         command.done = int(max(responses, default=last)) + cycles.settle
 
     def _write(self, last: int, beats: int, address: int, port: int | None) -> float:
-        """Response to a run whose last beat is handed to its writer in a cycle."""
+        """Response to a run whose last beat is handed to its writer in a cycle; logits come slower than it writes."""
         burst = min((address + beats - 1) % self.config.burst_beats + 1, beats)
-        before = min(beats - burst, self.config.burst_beats)  # beats of the burst before it, which it may wait for
+        # a record's last burst waits for the one before it, which began only when all of it was there
+        before = 0 if port is None else min(beats - burst, self.config.burst_beats)
         return self.channel.write(last + self.cycles.write + max(burst, before), burst, address + beats - burst, port)
 
