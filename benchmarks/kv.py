@@ -8,6 +8,7 @@ level's, results the same for every buffer. Exits with 1 if not, or if a target 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kv-format", default="fp16", help="of KV records: fp16, 12 or 8 (default: %(default)s)")
     parser.add_argument("--memory", default="hbm", help="hbm or ideal (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="folder for pictures")
+    parser.add_argument("--output", type=Path, help="folder for pictures and kv.json")
     return parser.parse_args()
 
 
@@ -95,6 +96,9 @@ def main() -> int:
         options.output.mkdir(parents=True, exist_ok=True)
         draw_cost(options.output / "cost.png", got, config)
         draw_shares(options.output / "shares.png", got, config)
+        report = {"config": config.name, "layers": options.layers, "memory": options.memory,
+                  "rows": [row.as_json() for row in got]}
+        (options.output / "kv.json").write_text(json.dumps(report, indent=1) + "\n")  # for `skipopu bench paper --kv`
     wrong = different(expected, got)
     print("\n".join(wrong) or f"counters and results of all {len(got)} rows are the functional level's")
     rows = summary(got)

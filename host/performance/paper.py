@@ -248,8 +248,7 @@ def kv_section(results: str | Path | None) -> Section:
     return Section("Section 5.4: bandwidth of keys and values", rows, [
         *notes,
         "`Effective` counts bytes that came from the buffer as if memory had moved them, as the paper does: it may "
-        "pass 100%. Ours cannot, as long as the array takes tiles from the KV buffer at one superbeat a cycle, which "
-        "is the ports' peak: bytes are saved, time is not yet ([kv-memory.md](kv-memory.md)).",
+        "pass 100%. Contexts longer than the buffer holds gain less ([kv-memory.md](kv-memory.md)).",
     ])
 
 
