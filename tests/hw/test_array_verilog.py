@@ -28,6 +28,7 @@ def lint(folder, text, top):
                "array.v"], cwd=folder)
 
 
+@pytest.mark.slow
 def test_largest_array(tmp_path):
     """Linted is the pair of columns, of which all others are instances; its surroundings are those of a small array."""
     config = preset("u280")
