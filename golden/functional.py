@@ -318,9 +318,9 @@ class FunctionalMachine(MachineState):
             for port in np.flatnonzero((places >= 0) & ((addresses < 0) | (addresses + record > self.limit))).tolist():
                 self._range(int(addresses[port]), record, port)
 
-        places, held = self.kv.load(first, count, values["layer"], record, values["buffer"], bool(values["final"]),
-                                    check, self._fail)
-        return places, count * record, held * record
+        places, held, _ = self.kv.load(first, count, values["layer"], record, values["buffer"],
+                                       bool(values["final"]), check, self._fail)
+        return places, count * record, int(held.sum()) * record
 
     def _kv_format(self, values: dict[str, int]) -> KvFormat:
         """The format of an instruction's records."""

@@ -39,8 +39,9 @@ class Tags:
         self.valid[:] = False
         self.depth[:] = self.fresh[:] = 0
 
-    def visit(self, row: int, place: np.ndarray, keep: np.ndarray, beyond: np.ndarray, buffer: int) -> np.ndarray:
-        """Ports that have the record of a row, bool [ports]; keeps or frees what the policy says.
+    def visit(self, row: int, place: np.ndarray, keep: np.ndarray, beyond: np.ndarray,
+              buffer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ports that have the record of a row, and those that take it in, bool [ports]; frees what the policy says.
 
         place : int64 [ports], -1 where there is no record; keep, beyond : bool [ports], the record is used again in the
         next layer, and in the one after it; buffer : slots of a port
@@ -63,7 +64,7 @@ class Tags:
         self.depth[freed] += 1
         self.valid[row, fill] = True
         self.valid[row, freed] = False
-        return hit
+        return hit, fill
 
 
 class KvMemory:
@@ -114,8 +115,9 @@ class KvMemory:
         return place
 
     def load(self, first: int, count: int, layer: int, record: int, buffer: int, final: bool,
-             check: Callable[[np.ndarray], None], fail: Fail) -> tuple[np.ndarray, int]:
-        """(places int64 [count] of the records that a layer reads at positions first.., how many the buffer held).
+             check: Callable[[np.ndarray], None], fail: Fail) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the records that a layer reads at positions first..: (places int64 [count], which of them the buffer held,
+        which it takes in: bool [count])
 
         check : raises the fault of a row's places, int64 [ports] (-1: no record), that lie beyond memory
         """
@@ -139,7 +141,7 @@ class KvMemory:
         places = np.take_along_axis(self.places[rows], latest[..., None], 2)[..., 0]
         known = written[:, :, : layer + 1].any(2) & (places < self.following) & self.begun
         places = np.where(exists, places, -1)
-        held = 0
+        held, kept = np.zeros_like(exists), np.zeros_like(exists)
         for index, row in enumerate(range(rows.start, rows.stop)):
             if len(bad := np.flatnonzero(exists[index] & ~known[index])):
                 fail(FaultCause.KV_POINTER, f"the pointer of position {row * ports + bad[0]} in layer {layer} names no "
@@ -148,5 +150,5 @@ class KvMemory:
             if buffer:
                 after = written[index, :, layer + 1 : layer + 3]
                 keep = ~after[:, 0] & (not final)
-                held += int(self.tags.visit(row, places[index], keep, ~after[:, 1], buffer).sum())
-        return places.reshape(-1)[:count], held
+                held[index], kept[index] = self.tags.visit(row, places[index], keep, ~after[:, 1], buffer)
+        return places.reshape(-1)[:count], held.reshape(-1)[:count], kept.reshape(-1)[:count]

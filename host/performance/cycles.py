@@ -4,8 +4,8 @@ The program is walked as control would; every instruction gets the cycles in whi
 What the model knows: the order of each unit, hazards between units, the depth of the queues, one superbeat per cycle
 from memory as far ahead as the FIFOs reach, the cost of every tile of the array, results on their way from the array
 to the vector unit, and the latencies of the pipelines (`timing.Cycles`). No values are computed, so a model of any size
-takes seconds; decisions of routers are arguments. What the history buffer holds depends on decisions of the past and
-is not modelled: KV records come from memory, each port's one after another.
+takes seconds; decisions of routers are arguments. What the history buffer holds depends on decisions of the past: a
+`history.KvHistory` that knows them says where each record comes from; without one all of them come from memory.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from skipopu.hw.config import OverlayConfig
 from skipopu.hw.isa import Destination, KvFormat, MatmulMode, Unit
 
@@ -23,6 +24,7 @@ from ..passes.check import TAKES_STREAM
 from ..passes.walk import Arguments, Decide, walk
 from ..program import WORD_BYTES, Program
 from ..timeline import Span
+from .history import KvHistory, Row
 from .memory import Channel, IdealMemory, Superbeats
 from .timing import Cycles
 
@@ -38,7 +40,8 @@ class _Command:
 
     dispatch : leaves control; enter : into the queue of its unit; pop : out of it; start, done : of its execution
     rows : of its list; before : the one before it in its unit; after : those of other units that must be done before
-    left : superbeats that a load has to deliver
+    left : superbeats that a load has to deliver; records : rows of records of a load, as they are found
+    asked : cycles in which the readers of each row's records were asked for them
     """
 
     pc: int
@@ -55,14 +58,16 @@ class _Command:
     before: _Command | None = None
     after: list[_Command] = field(default_factory=list)
     left: int = 0
+    records: list[Row] = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)
 
 
 @dataclass(eq=False)
 class Predicted:
     """One run as the cycle model sees it.
 
-    cycles : as the counter of that name; superbeats, weight_superbeats : read; kv_beats : port beats of records read
-    unread : port beats that the last rows of KV tiles lack to whole superbeats
+    cycles : as the counter of that name; beats : port beats read, kv_beats of them records; weight_superbeats : read
+    kv_buffered : port beats of records from the history buffer
     beats_written : port beats written; kv_written : of them records
     array_rows : cycles in which the array multiplies; tile_cycles : what its tiles take if nothing keeps them waiting
     vector_beats : beats of all vector instructions
@@ -71,10 +76,10 @@ class Predicted:
     """
 
     cycles: int = 0
-    superbeats: int = 0
+    beats: int = 0
     weight_superbeats: int = 0
     kv_beats: int = 0
-    unread: int = 0
+    kv_buffered: int = 0
     beats_written: int = 0
     kv_written: int = 0
     array_rows: int = 0
@@ -84,25 +89,27 @@ class Predicted:
     moved: list[tuple[int, int]] = field(default_factory=list)
 
     def bytes_read(self, config: OverlayConfig) -> int:
-        return self.superbeats * config.superbeat_bytes - self.unread * config.port_bits // 8
+        return self.beats * config.port_bits // 8
 
 
 def predict(config: OverlayConfig, program: Program, arguments: Arguments, *, tokens: Sequence[int] = (),
             channel: Channel | None = None, decide: Decide | None = None, program_at: int = 0,
-            cycles: Cycles | None = None) -> Predicted:
+            history: KvHistory | None = None, cycles: Cycles | None = None) -> Predicted:
     """One run of a program with ideal memory, or the given one.
 
     tokens : the token table, for the addresses of embeddings; decide : rows that execute, of each layer, in place of
-    ``arguments.routes``; program_at : superbeat address of the program
+    ``arguments.routes``; program_at : superbeat address of the program; history : of the sequence so far, which this run
+    continues; without it no KV record comes from the history buffer
     """
-    machine = _Machine(config, program, channel or IdealMemory(), cycles or Cycles(),
+    machine = _Machine(config, program, channel or IdealMemory(), cycles or Cycles(), history,
                        program_at * config.port_bits // 8 // WORD_BYTES)
     return machine.run(arguments, tokens, decide)
 
 
 class _Machine:
-    def __init__(self, config: OverlayConfig, program: Program, channel: Channel, cycles: Cycles, offset: int) -> None:
-        self.config, self.program, self.cycles, self.channel = config, program, cycles, channel
+    def __init__(self, config: OverlayConfig, program: Program, channel: Channel, cycles: Cycles,
+                 history: KvHistory | None, offset: int) -> None:
+        self.config, self.program, self.cycles, self.channel, self.history = config, program, cycles, channel, history
         self.found = Predicted()
         self.all: list[_Command] = []
         self.units: dict[Unit, list[_Command]] = {unit: [] for unit in Unit}
@@ -120,9 +127,9 @@ class _Machine:
         self.stream.feed, self.stream.deliver = self._request_load, self._deliver
         self.requested = 0  # loads
         self.loader = 0  # cycle in which the load unit can take the next command, or prepare the next record
-        self.runs: deque[tuple[int, int]] = deque()  # count, address: of the load that is being requested
-        self.queued: deque[int] = deque(maxlen=cycles.runs)  # cycles in which the readers took the last runs
-        self.following = False  # it follows the history
+        self.runs: deque[tuple[int, int, np.ndarray | None]] = deque()  # count, address, ports: of the load requested
+        self.following: _Command | None = None  # it, if it follows the history
+        self.hits = np.full(config.ports, -1)  # cycle in which the last record came from the history buffer of each port
         self.jobs: deque[_Command] = deque()  # loads requested, not delivered
         self.kv_tiles: list[int] = []  # cycle in which the last superbeat of each KV tile was written
         self.kv_read = {MatmulMode.QK: 0, MatmulMode.PV: 0}
@@ -167,7 +174,7 @@ class _Machine:
             self.all.append(_Command(pc, unit, mnemonic, fields, execute, start=execute, done=execute))
         found = self.found
         found.cycles = execute + cycles.start
-        found.superbeats, found.moved = self.stream.taken, self.stream.moved
+        found.beats, found.moved = self.stream.taken, self.stream.moved
         found.spans = [Span(c.pc, c.unit, c.dispatch, c.start, c.done, c.dropped) for c in self.all]
         return found
 
@@ -188,7 +195,7 @@ class _Machine:
             if len(self.filling) >= cycles.prefetch:
                 at = max(at, self.filling.popleft() + 1)
             _, arrived = self.port.read(at + 1, cycles.line_words, ahead * cycles.line_words)
-            self.filled = math.ceil(arrived) + cycles.fetch
+            self.filled = math.ceil(np.max(arrived)) + cycles.fetch
             self.fill = at
             self.filling.append(self.filled)
             self.lines[ahead % slots] = (ahead, self.filled)
@@ -205,6 +212,8 @@ class _Machine:
         self.slot = enter
         command = _Command(pc, unit, mnemonic, fields, push, enter, before=queue[-1] if queue else None)
         command.rows = (fields["mask"] & ((1 << fields["rows"]) - 1)).bit_count()
+        if fields.get("reuse"):
+            self._follow(command)
         self._find_hazards(command)
         self.all.append(command)
         queue.append(command)
@@ -218,6 +227,17 @@ class _Machine:
         if unit == Unit.COMPUTE and mnemonic == "dropw" and len(self.waiting) == 1:
             self._drop(self.waiting.popleft())
         return push
+
+    def _follow(self, command: _Command) -> None:
+        """Records with reuse: where the history has them."""
+        if self.history is not None:
+            command.records = self.history.follow(command.mnemonic, command.fields)
+        elif command.mnemonic == "loadkv":
+            ports, f = self.config.ports, command.fields
+            count = min(f["rows"], self.config.tile_tokens)
+            exists = np.arange(ceil_div(count, ports) * ports).reshape(-1, ports) < count
+            none = np.zeros(ports, bool)
+            command.records = [Row(f["x"] // ports + row, mask, none, none) for row, mask in enumerate(exists)]
 
     def _find_hazards(self, command: _Command) -> None:
         reads, writes = command.fields["reads"], command.fields["writes"]
@@ -276,26 +296,32 @@ class _Machine:
         check = start + 2
         if index > cycles.ahead:
             check = max(check, self._done(loads[index - cycles.ahead - 1]) + 1)
-        if command.mnemonic == "loadkv":
-            records = ceil_div(min(fields["rows"], config.tile_tokens), config.ports)
-            command.left = records * fields["record"]
-            runs = [fields["record"]] * records if fields["reuse"] else [command.left]
+        runs: list[tuple[int, int, np.ndarray | None]]
+        if command.records:
+            runs = [(fields["record"], fields["imm"] + row.place * fields["record"], row.read)
+                    for row in command.records]
         else:
-            command.left = fields["count"] * (fields["rows"] if command.mnemonic == "loada" else 1)
-            runs = [command.left] if command.left else []
+            match command.mnemonic:
+                case "loadkv":
+                    command.left = ceil_div(min(fields["rows"], config.tile_tokens), config.ports) * fields["record"]
+                case "loada":
+                    command.left = fields["count"] * fields["rows"]
+                case _:
+                    command.left = fields["count"]
+            runs = [(command.left, fields["imm"], None)] if command.left else []
         self.jobs.append(command)
         self.loader = check + 1
-        self.runs += [(count, fields["imm"] + count * number) for number, count in enumerate(runs)]
-        self.following = bool(fields.get("reuse"))
+        self.runs += runs
+        self.following = command if command.records else None
         return bool(runs) and self._request_run() or self._request_load()
 
     def _request_run(self) -> bool:
         """The next run of the load that is being requested goes to the readers."""
-        count, address = self.runs.popleft()
-        queued = self.loader + self.cycles.record * self.following
-        if len(self.queued) == self.cycles.runs:
-            queued = max(queued, self.queued[0] + 1)
-        self.queued.append(self.stream.add_run(queued, count, address))
+        count, address, asked = self.runs.popleft()
+        queued = max(self.loader + (self.cycles.record if self.following else 0), self.stream.room())
+        self.stream.add_run(queued, count, address, asked)
+        if self.following:
+            self.following.asked.append(queued)
         self.loader = queued + (not (self.following and self.runs))
         return True
 
@@ -306,19 +332,31 @@ class _Machine:
         command = self.jobs.popleft()
         if command.mnemonic == "loadw":
             raise AssertionError(f"loads wait behind the weights of {command.pc}, which nobody takes")
-        stream = self.stream
         if command.mnemonic == "loadkv":
-            number = len(self.kv_tiles)
-            stream.take(command.left, self.released[number - 2] + 1 if number > 1 else 0)
-            self.kv_tiles.append(stream.gives)
-            beats = command.left * self.config.ports
-            if command.fields["reuse"]:  # ports without a record in the last row read none
-                beats = min(command.fields["rows"], self.config.tile_tokens) * command.fields["record"]
-            self.found.kv_beats += beats
-            self.found.unread += command.left * self.config.ports - beats
+            self._deliver_records(command)
         else:
             self._deliver_rows(command)
-        command.done = stream.gives + self.cycles.loaded + self.cycles.exponents * (command.mnemonic == "loadkv")
+        command.done = (self.kv_tiles[-1] + self.cycles.exponents if command.mnemonic == "loadkv" else
+                        self.stream.gives) + self.cycles.loaded
+
+    def _deliver_records(self, command: _Command) -> None:
+        """A KV tile: each port by itself, records from memory and from the history buffer side by side."""
+        stream, number, record = self.stream, len(self.kv_tiles), command.fields["record"]
+        ready = self.released[number - 2] + 1 if number > 1 else 0
+        if not command.records:
+            end = stream.take_records(command.left, np.full(self.config.ports, ready)).max()
+            self.found.kv_beats += command.left * self.config.ports
+        for index, row in enumerate(command.records):
+            while len(command.asked) <= index:
+                stream.request_run()
+            begin = np.maximum(self.hits, max(ready, command.asked[index] + self.cycles.hit))
+            np.copyto(self.hits, begin + record, where=row.buffered)
+            if row.read.any():
+                end = stream.take_records(record, np.where(row.kept, np.maximum(self.hits, ready), ready)).max()
+            end = max(end if row.read.any() or index else 0, self.hits.max())
+            self.found.kv_beats += int(row.read.sum()) * record
+            self.found.kv_buffered += int(row.buffered.sum()) * record
+        self.kv_tiles.append(int(end))
 
     def _deliver_rows(self, command: _Command) -> None:
         parts = self.config.superbeat_bytes // (4 * self.config.vector_lanes)

@@ -119,13 +119,13 @@ def run_at(program: Outline, workload: Workload, position: int, tokens: int, hea
                    program_at=program.regions["program"][0])
 
 
-def terms(run: Predicted, channel: Channel) -> dict[str, float]:
+def terms(run: Predicted, channel: Channel, ports: int) -> dict[str, float]:
     """Cycles that each resource needs if nothing else takes time, and the cycles that none of them explains.
 
-    memory : superbeats at the rate that memory delivers; array : tiles loaded and rows multiplied; vector : beats
+    memory : beats of a port, in the mean, at the rate that memory delivers; array : tiles loaded and rows multiplied; vector : beats
     latency : the run beyond the largest of these: pipelines that fill and empty, and waiting for each other
     """
-    found = {"memory": run.superbeats / channel.share, "array": float(run.tile_cycles),
+    found = {"memory": run.beats / ports / channel.share, "array": float(run.tile_cycles),
              "vector": float(run.vector_beats)}
     return found | {"latency": max(run.cycles - max(found.values()), 0.0)}
 
@@ -163,11 +163,10 @@ def fit(model: ModelConfig, config: OverlayConfig, workload: Workload,
         return float(np.dot(weights, values))
 
     channel = memory_model(workload.memory, config)
-    split = [terms(run, channel) for run in runs]
+    split = [terms(run, channel, config.ports) for run in runs]
     together = {name: mean([item[name] for item in split]) for name in split[0]}
     cycles = mean([run.cycles for run in runs])
-    superbeats = mean([run.superbeats for run in runs])
-    moved = superbeats + mean([run.beats_written for run in runs]) / config.ports
+    moved = mean([run.beats + run.beats_written for run in runs]) / config.ports
     return Fit(
         chunk=program.plan.chunk, port_bytes=program.port_bytes(), port_capacity=_capacity(config),
         parts=_parts(program), cycles_per_token=cycles, bytes_per_token=moved * config.superbeat_bytes,

@@ -1,7 +1,8 @@
 """When memory delivers: the superbeats of all ports in program order, through the read FIFOs of the load unit.
 
 A `Channel` says when the beats of a burst arrive that was requested at some cycle. `Superbeats` requests bursts as the
-readers of the hardware do (room in the FIFO, bursts in flight) and hands superbeats on as their receiver takes them.
+readers of the hardware do (room in the FIFO, bursts in flight), each port at its own pace, and hands superbeats on as
+their receiver takes them, or the records of each port.
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ from .timing import Cycles
 __all__ = ["Channel", "HbmMemory", "IdealMemory", "MODELS", "Superbeats", "memory_model"]
 
 
-class Channel(Protocol):
-    """Memory behind the ports, all of which are asked for the same bursts at the same time."""
+Cycle = Any  #: a number, or float64 [ports]
+ALL = np.ones(1, bool)  # every port
 
-    def read(self, cycle: int, beats: int, address: int) -> tuple[float, float]:
-        """Cycles in which the first and the last beat of a burst arrive on the slowest port."""
+
+class Channel(Protocol):
+    """Memory behind the ports, which are asked for the same bursts, not all at the same time."""
+
+    def read(self, cycle: Cycle, beats: int, address: int, ports: np.ndarray = ALL) -> tuple[np.ndarray, np.ndarray]:
+        """Cycles in which the first and the last beat of a burst arrive; ports : bool, which are asked at all."""
 
     def write(self, cycle: int, beats: int, address: int, port: int | None) -> float:
         """Cycle of the response to a burst whose last beat arrives in ``cycle``; port : one, or all for None."""
@@ -50,7 +55,7 @@ class IdealMemory:
     bandwidth: float = 1.0
 
     def __post_init__(self) -> None:
-        self._next = 0.0
+        self._next: Cycle = 0.0
 
     @property
     def share(self) -> float:
@@ -59,10 +64,10 @@ class IdealMemory:
     def fetch_port(self) -> Channel:
         return IdealMemory(self.read_latency, self.write_latency, self.bandwidth)
 
-    def read(self, cycle: int, beats: int, address: int) -> tuple[float, float]:
-        first = max(cycle + self.read_latency, self._next)
+    def read(self, cycle: Cycle, beats: int, address: int, ports: np.ndarray = ALL) -> tuple[np.ndarray, np.ndarray]:
+        first = np.maximum(cycle + self.read_latency, self._next)
         gap = 1 / self.bandwidth
-        self._next = first + beats * gap
+        self._next = np.where(ports, first + beats * gap, self._next)
         return first, first + (beats - 1) * gap
 
     def write(self, cycle: int, beats: int, address: int, port: int | None) -> float:
@@ -70,7 +75,7 @@ class IdealMemory:
 
 
 class HbmMemory:
-    """HBM2 pseudo-channels as `sim/hbm.h` times them, burst by burst on all ports at once.
+    """HBM2 pseudo-channels as `sim/hbm.h` times them, burst by burst.
 
     Rows that a stream will need are opened behind the accesses before, so only the first burst after a pause pays for
     opening. Refreshes come at another time on every port. Writes are few; they hold up no reads.
@@ -102,7 +107,7 @@ class HbmMemory:
         heapify(self._due)  # the next refresh of each port
         self._bus = np.zeros(ports)  # when the data bus of each port is free
         self._rows: dict[int, int] = {}  # open rows, by the bits that choose banks
-        self._next = 0.0  # cycle in which the ports can deliver again
+        self._next = np.zeros(ports)  # cycle in which each port can deliver again
 
     @property
     def share(self) -> float:
@@ -120,14 +125,15 @@ class HbmMemory:
             return self._column
         return self._column + self._activate + (0 if before is None else self._precharge)
 
-    def read(self, cycle: int, beats: int, address: int) -> tuple[float, float]:
+    def read(self, cycle: Cycle, beats: int, address: int, ports: np.ndarray = ALL) -> tuple[np.ndarray, np.ndarray]:
         bus, work = self._bus, beats * self._beat
-        np.maximum(bus, cycle * self._core + self._path + self._opening(address), out=bus)
-        bus += work
+        asked = np.broadcast_to(ports, bus.shape)
+        np.maximum(bus, cycle * self._core + self._path + self._opening(address), out=bus, where=asked)
+        np.add(bus, work, out=bus, where=asked)
         end, early = bus.max(), []
         while self._due[0][0] < end:
             due, port = heappop(self._due)
-            if due >= bus[port]:
+            if due >= bus[port] or not asked[port]:
                 early.append((due, port))
                 continue
             begin = bus[port] - work
@@ -135,10 +141,10 @@ class HbmMemory:
             heappush(self._due, (due + self._interval, port))
         for item in early:
             heappush(self._due, item)
-        last, beat = float(bus.max()) / self._core, self._beat / self._core
-        first = max(last - (beats - 1) * beat, self._next)
-        last = max(last, first + (beats - 1) * max(beat, 1))
-        self._next = last + max(beat, 1)
+        last, beat = bus / self._core, self._beat / self._core
+        first = np.maximum(last - (beats - 1) * beat, self._next)
+        last = np.maximum(last, first + (beats - 1) * max(beat, 1))
+        np.add(last, max(beat, 1), out=self._next, where=asked)
         return first, last
 
     def write(self, cycle: int, beats: int, address: int, port: int | None) -> float:
@@ -167,11 +173,11 @@ def memory_model(memory: str, config: OverlayConfig) -> Channel:
 
 
 class Superbeats:
-    """Superbeats in program order.
+    """What the readers of all ports deliver, in program order.
 
     feed : called when the readers need their next run, calls ``add_run``; returns False if there is none
-    deliver : called when superbeats must be taken before more can be requested
-    moved : first and last cycle of every stretch in which data arrived; taken : superbeats taken out of the FIFOs
+    deliver : called when what is in front must be taken before more can be requested
+    moved : first and last cycle of every stretch in which data arrived; taken : port beats taken out of the FIFOs
     gives : cycle in which the last superbeat was handed to its receiver
     """
 
@@ -180,23 +186,40 @@ class Superbeats:
         self.feed: Callable[[], bool] = lambda: False
         self.deliver: Callable[[], None] = lambda: None
         self.moved: list[tuple[int, int]] = []
-        self.taken = 0
         self.gives = -1
-        self._requested = 0
-        self._issue = 0  # cycle of the last request
-        self._free = 0  # cycle in which the readers can take the next run
-        self._left = 0  # beats of the run that are not requested
-        self._address = 0
-        self._queued: deque[tuple[int, int, float, float]] = deque()  # index, count, first, last: in the FIFO
-        self._popped: deque[tuple[int, int, float, float]] = deque()  # index, count, first, last: taken
-        self._flying: deque[float] = deque()
+        ports = config.ports
+        self._requested, self._popped, self._bursts, self._runs = (np.zeros(ports, int) for _ in range(4))
+        self._ports = np.arange(ports)
+        self._issue, self._free = np.zeros(ports), np.zeros(ports)  # last request; the next run can be taken
+        self._left, self._address, self._asked = 0, 0, np.ones(ports, bool)  # of the run that is being requested
+        # by port: when the last beats left the FIFO, bursts arrived whole, runs were taken; when a beat was last taken
+        self._pops = np.full((config.fifo_beats, ports), -1.0)
+        self._arrived = np.full((config.outstanding, ports), -1.0)
+        self._begun = np.full((cycles.runs, ports), -1.0)
+        self._given = np.full(ports, -1.0)
+        self._queued: deque[_Burst] = deque()
 
-    def add_run(self, valid: int, count: int, address: int) -> int:
-        """Beats that the readers are asked for, seen by them in cycle ``valid``; returns when they take the run."""
+    @property
+    def taken(self) -> int:
+        return int(self._popped.sum())
+
+    def room(self) -> int:
+        """First cycle in which every port can be given a run."""
+        return int(self._begun[self._runs % len(self._begun), self._ports].max()) + 1
+
+    def add_run(self, valid: int, count: int, address: int, asked: np.ndarray | None = None) -> int:
+        """Beats that readers are asked for, seen by them in cycle ``valid``; returns when the last takes the run.
+
+        asked : bool [ports], all by default
+        """
         self.request_rest()
-        taken = max(valid, self._free)
-        self._issue, self._left, self._address = max(self._issue, taken), count, address
-        return taken
+        asked = np.ones(len(self._ports), bool) if asked is None else asked
+        taken = np.maximum(valid, self._free)
+        np.maximum(self._issue, taken, out=self._issue, where=asked)
+        self._left, self._address, self._asked = count if asked.any() else 0, address, asked
+        self._begun[self._runs[asked] % len(self._begun), self._ports[asked]] = taken[asked]
+        self._runs += asked
+        return int(taken[asked].max(initial=valid))
 
     def request_rest(self) -> None:
         """Request what is left of the run."""
@@ -209,62 +232,91 @@ class Superbeats:
         if not self.feed():
             raise AssertionError("more superbeats are waited for than loads bring")
 
-    def _pop_time(self, index: int) -> float:
-        """Cycle in which a superbeat left the FIFO."""
-        while index >= self.taken:
-            self.deliver()
-        queue = self._popped
-        while queue[0][0] + queue[0][1] <= index:
-            queue.popleft()
-        first_index, count, first, last = queue[0]
-        return first + (last - first) * (index - first_index) / max(count - 1, 1)
-
     def _request(self) -> None:
         """Request one burst."""
-        config = self._config
+        config, asked, ports = self._config, self._asked, self._ports
         beats = min(config.burst_beats - self._address % config.burst_beats, self._left)
-        last = self._requested + beats - 1
-        at = self._issue + 1
-        if last >= config.fifo_beats:
-            at = max(at, math.ceil(self._pop_time(last - config.fifo_beats)) + 1)
-        if len(self._flying) >= config.outstanding:
-            at = max(at, math.ceil(self._flying.popleft()) + 1)
-        begin, end = self._channel.read(at + 1, beats, self._address)
-        self._flying.append(end)
-        first, final = math.ceil(begin), math.ceil(end)
+        before = self._requested + beats - 1 - config.fifo_beats  # beats that must have left the FIFO
+        while (asked & (self._popped <= before)).any():
+            self.deliver()
+        at = np.maximum(self._issue, np.ceil(self._pops[before % config.fifo_beats, ports]))
+        slot = self._bursts % config.outstanding
+        at = np.maximum(at, np.ceil(self._arrived[slot, ports])) + 1
+        begin, end = self._channel.read(at + 1, beats, self._address, asked)
+        self._arrived[slot[asked], ports[asked]] = end[asked]
+        first, final = math.ceil(begin[asked].max()), math.ceil(end[asked].max())
         if self.moved and first <= self.moved[-1][1] + 1:
-            self.moved[-1] = (self.moved[-1][0], final)
+            self.moved[-1] = (self.moved[-1][0], max(final, self.moved[-1][1]))
         else:
             self.moved.append((first, final))
         wait = self._cycles.fifo
-        self._queued.append((self._requested, beats, begin + wait, end + wait))
-        self._requested += beats
+        self._queued.append(_Burst(asked, beats, begin + wait, end + wait))
+        self._requested += beats * asked
+        self._bursts += asked
         self._left -= beats
         self._address += beats
-        self._issue = at
+        np.copyto(self._issue, at, where=asked)
         if not self._left:
-            self._free = at + 1
+            np.copyto(self._free, at + 1, where=asked)
+
+    def _next_burst(self) -> _Burst:
+        """The burst in front."""
+        while not self._queued:
+            if self._left:
+                self._request()
+            else:
+                self.request_run()
+        return self._queued.popleft()
+
+    def _pop(self, asked: np.ndarray, times: np.ndarray) -> None:
+        """Beats leave the FIFOs of ports. times : float64 [beats, 1 or ports]"""
+        beats = np.arange(len(times))[:, None]
+        ports = self._ports[asked]
+        times = np.broadcast_to(times, (len(times), len(asked)))
+        self._pops[(self._popped[ports] + beats) % len(self._pops), ports] = times[:, asked]
+        self._popped += len(times) * asked
 
     def take(self, count: int, ready: int, each: int = 1) -> None:
         """Hand over superbeats to a receiver that takes one every ``each`` cycles from ``ready`` on."""
         while count:
-            while not self._queued:
-                if self._left:
-                    self._request()
-                else:
-                    self.request_run()
-            index, size, first, last = self._queued.popleft()
-            part = min(size, count)
-            gap = (last - first) / (size - 1) if size > 1 else 1.0
+            burst = self._next_burst()
+            first, last = float(burst.first.max()), float(burst.last.max())
+            part = min(burst.beats, count)
+            gap = (last - first) / (burst.beats - 1) if burst.beats > 1 else 1.0
             end = first + gap * (part - 1)
-            if part < size:
-                self._queued.appendleft((index + part, size - part, end + gap, last))
+            if part < burst.beats:
+                self._queued.appendleft(_Burst(burst.asked, burst.beats - part, np.array([end + gap]), np.array([last])))
             begin = max(math.ceil(first) + 1, self.gives + 1, ready)
             given = max(begin + each * (part - 1), math.ceil(end) + 1)
             popped = max(first, self.gives)
-            self._popped.append((index, part, popped, max(end, given - max(each, 1) if part > 1 else popped)))
             # a receiver that takes several cycles gives the superbeat up in the last of them
+            last_popped = max(end, given - max(each, 1) if part > 1 else popped)
+            self._pop(burst.asked, np.linspace(popped, last_popped, part)[:, None])
             self.gives = given + each - 1
             ready = self.gives + 1
             count -= part
-            self.taken += part
+        self._given[:] = self.gives
+
+    def take_records(self, count: int, ready: np.ndarray) -> np.ndarray:
+        """Hand over ``count`` beats of each port that was asked for the run in front, from ``ready`` on, a number for
+        each port; returns when each port's last one was taken, of others when that of the run before."""
+        while count:
+            burst = self._next_burst()
+            asked = burst.asked
+            begin = np.maximum(np.maximum(np.ceil(burst.first), self._given) + 1, ready)
+            given = np.maximum(begin + burst.beats - 1, np.ceil(burst.last) + 1)
+            self._pop(asked, np.linspace(begin - 1, given - 1, burst.beats))
+            np.copyto(self._given, given, where=asked)
+            count -= burst.beats
+        self.gives = max(self.gives, int(self._given.max()))
+        return self._given
+
+
+@dataclass(frozen=True)
+class _Burst:
+    """Beats in the FIFOs of the ports that were asked. first, last : cycles in which they can be taken, by port"""
+
+    asked: np.ndarray
+    beats: int
+    first: np.ndarray
+    last: np.ndarray

@@ -27,6 +27,7 @@ class Cycles:
     fifo: int = 2  #: a beat arrives to when it can be taken
     runs: int = 16  #: that wait for the readers of a port
     record: int = 4  #: of each row of records with reuse
+    hit: int = 3  #: a record of the history buffer is asked for to its first beat
     loaded: int = 4  #: last superbeat taken to done
     exponents: int = 1  #: more for a KV tile
     ahead: int = 8  #: loads requested and not delivered

@@ -217,7 +217,7 @@ def test_tags_follow_the_policy(slots):
         place = np.where(rng.random(ports) < 0.9, row * 3 + rng.integers(0, 2, ports), -1)
         keep, beyond = rng.random((2, ports)) < [[0.7], [0.4]]
         want = [bool(place[p] >= 0 and text[p].visit(row, place[p], keep[p], beyond[p])) for p in range(ports)]
-        assert tags.visit(row, place, keep, beyond, slots).tolist() == want, visit
+        assert tags.visit(row, place, keep, beyond, slots)[0].tolist() == want, visit
         hits += sum(want)
         for p in range(ports):
             assert {r: (tags.place[r, p], tags.slot[r, p]) for r in np.flatnonzero(tags.valid[:, p])} == text[p].kept
