@@ -25,11 +25,14 @@ class RandomRoutes:
     Layer 0 computes keys and values in any case, so its attention always executes, and that of the other layers is
     skipped so much more often that the rate holds for the model.
 
-    rate : part of the modules that are skipped, 0..1. Raises RouterError outside of that, or for a negative seed.
+    rate : part of the modules that are skipped, 0..1; exact : every token skips that part of the attentions and of the
+        MLPs, as near as whole ones allow, and not only all tokens together
+    Raises RouterError for a rate outside of that, or for a negative seed.
     """
 
     rate: float
     seed: int = 0
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate <= 1:
@@ -39,11 +42,22 @@ class RandomRoutes:
 
     def bits(self, layers: int, start: int, tokens: int) -> np.ndarray:
         """bool [layers, 2, tokens], true where a module executes, of the positions from ``start`` on."""
-        drawn = [np.random.default_rng((self.seed, start + token)).random((layers, 2)) for token in range(tokens)]
+        rngs = [np.random.default_rng((self.seed, start + token)) for token in range(tokens)]
+        if self.exact:
+            return np.stack([self._exact(layers, rng) for rng in rngs], 2)
+        drawn = [rng.random((layers, 2)) for rng in rngs]
         limit = np.full((layers, 2), self.rate)
         limit[1:, 0] *= layers / max(layers - 1, 1)
         limit[0, 0] = 0
         return np.array(drawn).reshape(tokens, layers, 2).transpose(1, 2, 0) >= limit[..., None]
+
+    def _exact(self, layers: int, rng: np.random.Generator) -> np.ndarray:
+        found = np.ones((layers, 2), bool)
+        for module in range(2):
+            first = 1 - module  # layer 0 always attends
+            count = min(int(self.rate * layers + rng.random()), layers - first)
+            found[first + rng.permutation(layers - first)[:count], module] = False
+        return found
 
 
 Force = RandomRoutes | np.ndarray  #: an array is bool [layers, 2, positions], true to execute

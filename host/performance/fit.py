@@ -17,6 +17,7 @@ from ..passes.weights import pair_kind
 from ..plan import KvSizes, shortages
 from ..routes import RandomRoutes, words_of_routes
 from .cycles import Predicted, predict
+from .history import KvHistory
 from .memory import Channel, memory_model
 from .outline import Kind, Outline, outline
 
@@ -29,7 +30,7 @@ CORE_MHZ = 225  #: of the overlay on the cards, as of the memory model
 class Workload:
     """What is asked of a model: ``prompt`` tokens read, then ``count`` generated.
 
-    skip : share of the modules that tokens skip; kv : mode for those that skip attention, "" without routers
+    skip : share of the modules that every token skips; kv : mode for those that skip attention, "" without routers
     kind : of the weights, see `outline`; memory : model of it, see `memory.MODELS`; seed : of the skipped modules
     kv_format : of KV records, one of `plan.KV_FORMATS`
     """
@@ -106,17 +107,35 @@ def route_words(workload: Workload, layers: int, position: int, tokens: int) -> 
     """The rows that execute attention and MLP of each layer, () without routers."""
     if not workload.kv:
         return ()
-    words = words_of_routes(RandomRoutes(workload.skip, workload.seed).bits(layers, position, tokens))
+    words = words_of_routes(RandomRoutes(workload.skip, workload.seed, exact=True).bits(layers, position, tokens))
     return tuple(zip(words[::2], words[1::2]))
 
 
 def run_at(program: Outline, workload: Workload, position: int, tokens: int, head_rows: int,
            channel: Channel | None = None) -> Predicted:
-    """One run of the program under a workload."""
-    routes = route_words(workload, program.plan.model.layers, position, tokens)
-    return predict(program.config, program.program, Arguments(position, tokens, tokens - head_rows, head_rows, routes),
+    """One run of the program under a workload, behind the runs that come before it."""
+    return predict(program.config, program.program, _arguments(program, workload, position, tokens, head_rows),
                    channel=channel or memory_model(workload.memory, program.config),
-                   program_at=program.regions["program"][0])
+                   program_at=program.regions["program"][0], history=_history(program, workload, position))
+
+
+def _arguments(program: Outline, workload: Workload, position: int, tokens: int, head_rows: int) -> Arguments:
+    routes = route_words(workload, program.plan.model.layers, position, tokens)
+    return Arguments(position, tokens, tokens - head_rows, head_rows, routes)
+
+
+def _history(program: Outline, workload: Workload, position: int) -> KvHistory | None:
+    """The sequence up to a position: of runs that ended long ago only what they stored matters."""
+    if program.plan.kv != "reuse":
+        return None
+    history, prompt, chunk = KvHistory(program.config), min(workload.prompt, position), program.plan.chunk
+    runs = [*((first, min(chunk, prompt - first)) for first in range(0, prompt, chunk)),
+            *((at, 1) for at in range(prompt, position))]
+    for at, tokens in runs[:-1]:
+        history.store(at, route_words(workload, program.plan.model.layers, at, tokens))
+    for at, tokens in runs[-1:]:
+        history.replay(program.program, _arguments(program, workload, at, tokens, 0))
+    return history
 
 
 def terms(run: Predicted, channel: Channel, ports: int) -> dict[str, float]:

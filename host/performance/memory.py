@@ -26,14 +26,15 @@ __all__ = ["Channel", "HbmMemory", "IdealMemory", "MODELS", "Superbeats", "memor
 
 
 Cycle = Any  #: a number, or float64 [ports]
-ALL = np.ones(1, bool)  # every port
+_TOGETHER = 4  # bursts that are requested at once where the FIFOs hold at least 16 times as many
 
 
 class Channel(Protocol):
     """Memory behind the ports, which are asked for the same bursts, not all at the same time."""
 
-    def read(self, cycle: Cycle, beats: int, address: int, ports: np.ndarray = ALL) -> tuple[np.ndarray, np.ndarray]:
-        """Cycles in which the first and the last beat of a burst arrive; ports : bool, which are asked at all."""
+    def read(self, cycle: Cycle, beats: int, address: int,
+             asked: np.ndarray | bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Cycles in which the first and the last beat of a burst arrive, by port; asked : bool [ports], if not all."""
 
     def write(self, cycle: int, beats: int, address: int, port: int | None) -> float:
         """Cycle of the response to a burst whose last beat arrives in ``cycle``; port : one, or all for None."""
@@ -64,10 +65,11 @@ class IdealMemory:
     def fetch_port(self) -> Channel:
         return IdealMemory(self.read_latency, self.write_latency, self.bandwidth)
 
-    def read(self, cycle: Cycle, beats: int, address: int, ports: np.ndarray = ALL) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, cycle: Cycle, beats: int, address: int,
+             asked: np.ndarray | bool = True) -> tuple[np.ndarray, np.ndarray]:
         first = np.maximum(cycle + self.read_latency, self._next)
         gap = 1 / self.bandwidth
-        self._next = np.where(ports, first + beats * gap, self._next)
+        self._next = np.where(asked, first + beats * gap, self._next)
         return first, first + (beats - 1) * gap
 
     def write(self, cycle: int, beats: int, address: int, port: int | None) -> float:
@@ -125,15 +127,15 @@ class HbmMemory:
             return self._column
         return self._column + self._activate + (0 if before is None else self._precharge)
 
-    def read(self, cycle: Cycle, beats: int, address: int, ports: np.ndarray = ALL) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, cycle: Cycle, beats: int, address: int,
+             asked: np.ndarray | bool = True) -> tuple[np.ndarray, np.ndarray]:
         bus, work = self._bus, beats * self._beat
-        asked = np.broadcast_to(ports, bus.shape)
-        np.maximum(bus, cycle * self._core + self._path + self._opening(address), out=bus, where=asked)
+        np.maximum(bus, cycle * self._core + (self._path + self._opening(address)), out=bus, where=asked)
         np.add(bus, work, out=bus, where=asked)
         end, early = bus.max(), []
         while self._due[0][0] < end:
             due, port = heappop(self._due)
-            if due >= bus[port] or not asked[port]:
+            if due >= bus[port] or not (asked is True or asked[port]):
                 early.append((due, port))
                 continue
             begin = bus[port] - work
@@ -189,12 +191,14 @@ class Superbeats:
         self.gives = -1
         ports = config.ports
         self._requested, self._popped, self._bursts, self._runs = (np.zeros(ports, int) for _ in range(4))
-        self._ports = np.arange(ports)
+        self._ports, self._all = np.arange(ports), np.ones(ports, bool)
+        together = max(min(_TOGETHER, config.fifo_beats // (16 * config.burst_beats)), 1)
+        self._burst = together * config.burst_beats
         self._issue, self._free = np.zeros(ports), np.zeros(ports)  # last request; the next run can be taken
-        self._left, self._address, self._asked = 0, 0, np.ones(ports, bool)  # of the run that is being requested
+        self._left, self._address, self._asked = 0, 0, self._all  # of the run that is being requested
         # by port: when the last beats left the FIFO, bursts arrived whole, runs were taken; when a beat was last taken
         self._pops = np.full((config.fifo_beats, ports), -1.0)
-        self._arrived = np.full((config.outstanding, ports), -1.0)
+        self._arrived = np.full((config.outstanding // together, ports), -1.0)
         self._begun = np.full((cycles.runs, ports), -1.0)
         self._given = np.full(ports, -1.0)
         self._queued: deque[_Burst] = deque()
@@ -213,7 +217,7 @@ class Superbeats:
         asked : bool [ports], all by default
         """
         self.request_rest()
-        asked = np.ones(len(self._ports), bool) if asked is None else asked
+        asked = self._all if asked is None else asked
         taken = np.maximum(valid, self._free)
         np.maximum(self._issue, taken, out=self._issue, where=asked)
         self._left, self._address, self._asked = count if asked.any() else 0, address, asked
@@ -234,15 +238,15 @@ class Superbeats:
 
     def _request(self) -> None:
         """Request one burst."""
-        config, asked, ports = self._config, self._asked, self._ports
-        beats = min(config.burst_beats - self._address % config.burst_beats, self._left)
-        before = self._requested + beats - 1 - config.fifo_beats  # beats that must have left the FIFO
+        fifo, asked, ports = len(self._pops), self._asked, self._ports
+        beats = min(self._burst - self._address % self._burst, self._left)
+        before = self._requested + (beats - 1 - fifo)  # beats that must have left the FIFO
         while (asked & (self._popped <= before)).any():
             self.deliver()
-        at = np.maximum(self._issue, np.ceil(self._pops[before % config.fifo_beats, ports]))
-        slot = self._bursts % config.outstanding
-        at = np.maximum(at, np.ceil(self._arrived[slot, ports])) + 1
-        begin, end = self._channel.read(at + 1, beats, self._address, asked)
+        slot = self._bursts % len(self._arrived)
+        at = np.maximum(self._issue, np.ceil(np.maximum(self._pops[before % fifo, ports],
+                                                        self._arrived[slot, ports]))) + 1
+        begin, end = self._channel.read(at + 1, beats, self._address, True if asked is self._all else asked)
         self._arrived[slot[asked], ports[asked]] = end[asked]
         first, final = math.ceil(begin[asked].max()), math.ceil(end[asked].max())
         if self.moved and first <= self.moved[-1][1] + 1:
@@ -268,13 +272,18 @@ class Superbeats:
                 self.request_run()
         return self._queued.popleft()
 
-    def _pop(self, asked: np.ndarray, times: np.ndarray) -> None:
-        """Beats leave the FIFOs of ports. times : float64 [beats, 1 or ports]"""
-        beats = np.arange(len(times))[:, None]
-        ports = self._ports[asked]
-        times = np.broadcast_to(times, (len(times), len(asked)))
-        self._pops[(self._popped[ports] + beats) % len(self._pops), ports] = times[:, asked]
-        self._popped += len(times) * asked
+    def _pop(self, burst: _Burst, beats: int, first: Cycle, last: Cycle) -> None:
+        """Beats leave the FIFOs of the ports of a burst, one after the other."""
+        steps = np.arange(beats)[:, None]
+        times = first + (last - first) / max(beats - 1, 1) * steps
+        rows = (self._popped + steps) % len(self._pops)
+        if burst.asked is self._all:
+            self._pops[rows, self._ports] = times
+            self._popped += beats
+        else:
+            asked = burst.asked
+            self._pops[rows[:, asked], self._ports[asked]] = times[:, asked]
+            self._popped += beats * asked
 
     def take(self, count: int, ready: int, each: int = 1) -> None:
         """Hand over superbeats to a receiver that takes one every ``each`` cycles from ``ready`` on."""
@@ -291,7 +300,7 @@ class Superbeats:
             popped = max(first, self.gives)
             # a receiver that takes several cycles gives the superbeat up in the last of them
             last_popped = max(end, given - max(each, 1) if part > 1 else popped)
-            self._pop(burst.asked, np.linspace(popped, last_popped, part)[:, None])
+            self._pop(burst, part, popped, last_popped)
             self.gives = given + each - 1
             ready = self.gives + 1
             count -= part
@@ -305,7 +314,7 @@ class Superbeats:
             asked = burst.asked
             begin = np.maximum(np.maximum(np.ceil(burst.first), self._given) + 1, ready)
             given = np.maximum(begin + burst.beats - 1, np.ceil(burst.last) + 1)
-            self._pop(asked, np.linspace(begin - 1, given - 1, burst.beats))
+            self._pop(burst, burst.beats, begin - 1, given - 1)
             np.copyto(self._given, given, where=asked)
             count -= burst.beats
         self.gives = max(self.gives, int(self._given.max()))
