@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from skipopu.host.passes.walk import Arguments
 from skipopu.host.performance.cycles import predict
 from skipopu.host.performance.fit import CORE_MHZ
 from skipopu.host.performance.geometries import GEOMETRIES, find_geometry
+from skipopu.host.performance.history import KvHistory
 from skipopu.host.performance.memory import HbmMemory, memory_model
-from skipopu.host.routes import forced_routes, words_of_routes
+from skipopu.host.routes import RandomRoutes, forced_routes, words_of_routes
 from skipopu.host.runtime import Accelerator
 from skipopu.hw.config import PRESETS, ConfigError, OverlayConfig, preset
 from skipopu.sim.device import MEMORIES
@@ -70,18 +72,6 @@ def configuration(text: str) -> OverlayConfig:
     return replace(base, **sizes)
 
 
-def routes(layers: int, positions: int, rate: float) -> np.ndarray:
-    """bool [layers, 2, positions], true where a module executes: of every token's attention and of its MLPs each
-    exactly ``rate`` is skipped, as far as it can be, but no attention of layer 0."""
-    rng = np.random.default_rng(SKIP_SEED)
-    found = np.ones((layers, 2, positions), bool)
-    count = min(round(rate * layers), layers - 1)
-    for position in range(positions):
-        found[1 + rng.permutation(layers - 1)[:count], 0, position] = False
-        found[rng.permutation(layers)[:round(rate * layers)], 1, position] = False
-    return found
-
-
 @dataclass(frozen=True)
 class Line:
     """One run of the program: simulated cycles and bytes, predicted ones, the simulator's speed, bits that differ."""
@@ -92,6 +82,7 @@ class Line:
     bytes_moved: int
     predicted_bytes: int
     served: int  # bytes from the history buffer
+    predicted_served: int
     share: float  # of the ports' peak
     of_memory: float  # of what the memory's timing allows
     seconds: float
@@ -100,29 +91,31 @@ class Line:
     def cells(self) -> tuple[str, ...]:
         """As text, in the order of HEAD."""
         return (self.what, f"{self.cycles:,}", f"{self.predicted:,}", f"{self.predicted / self.cycles - 1:+.2%}",
-                f"{self.bytes_moved:,}", f"{self.share:.2%}", f"{self.of_memory:.2%}",
+                f"{self.bytes_moved:,}", f"{self.served:,}", f"{self.share:.2%}", f"{self.of_memory:.2%}",
                 f"{self.cycles / self.seconds:,.0f}",
                 "-" if self.wrong is None else "equal" if not self.wrong else f"{self.wrong} DIFFER")
 
     @property
     def holds(self) -> bool:
-        """Whether the prediction and the bits do; what comes from the history buffer is not predicted."""
+        """Whether the prediction and the bits do."""
         near = abs(self.predicted / self.cycles - 1) <= TOLERANCE
-        return not self.wrong and (bool(self.served) or near and self.bytes_moved == self.predicted_bytes)
+        return not self.wrong and near and (self.bytes_moved, self.served) == (self.predicted_bytes,
+                                                                               self.predicted_served)
 
 
-HEAD = ("", "cycles, simulated", "predicted", "", "bytes moved", "share of peak", "of the memory's",
+HEAD = ("", "cycles, simulated", "predicted", "", "bytes moved", "from the buffer", "share of peak", "of the memory's",
         "cycles/s", "bits")
 
 
 class Bench:
     """A random model on the RTL and, to check, on the functional level.
 
-    force : routes of all positions, None without routers
+    force : routes of all positions, None without routers; history : of the runs so far, for predictions
     """
 
-    def __init__(self, image: RandomImage, force: np.ndarray | None, check: bool) -> None:
+    def __init__(self, image: RandomImage, force: RandomRoutes | None, check: bool) -> None:
         self.image, self.force, self.config = image, force, image.compiled.config
+        self.history: KvHistory | None = None
         self.devices = {name: open_device(
             name, self.config, image.files[0].stat().st_size, memories=image.memories(), **options)
             for name, options in devices(check)}
@@ -135,6 +128,11 @@ class Bench:
     def accelerators(self, context: int) -> dict[str, Accelerator]:
         """On every device, with records of so many positions."""
         found = {}
+        if self.image.history is not None:
+            self.history = KvHistory(self.config)
+            chunk = self.image.compiled.map.chunk
+            for first in range(0, context, chunk):
+                self.history.store(first, self.routes(first, min(chunk, context - first)))
         for name, device in self.devices.items():
             if self.image.history is not None and context:
                 storing = Accelerator(device, self.image.history, force=self.force)
@@ -146,6 +144,13 @@ class Bench:
             found[name] = Accelerator(device, self.image.compiled, timeout=36_000, force=self.force)
             found[name].position = context
         return found
+
+    def routes(self, position: int, count: int) -> tuple[tuple[int, int], ...]:
+        """The rows that execute attention and MLP of each layer, () without routers."""
+        if self.force is None:
+            return ()
+        words = words_of_routes(forced_routes(self.force, self.image.compiled.map.layers, position, count))
+        return tuple(zip(words[::2], words[1::2]))
 
     def run(self, what: str, accelerators: dict[str, Accelerator], tokens: list[int], rows: int) -> Line:
         """One run on every device."""
@@ -162,21 +167,22 @@ class Bench:
         share = moved / counters["cycles"] / superbeat
         return Line(what, counters["cycles"], expected.cycles, moved,
                     expected.bytes_read(self.config) + expected.beats_written * self.config.port_bits // 8,
-                    counters["kv_buffered"] * self.config.port_bits // 8, share,
+                    counters["kv_buffered"] * self.config.port_bits // 8,
+                    expected.kv_buffered * self.config.port_bits // 8, share,
                     share / memory_model("hbm", self.config).share, stats.seconds,
                     self.different(accelerators, rows) if len(accelerators) > 1 else None)
 
     def predicted(self, position: int, tokens: list[int], rows: int, first: int) -> Any:
         """The cycle model's run, with refreshes where the simulator had them: ``first``, cycle of the first dispatch"""
-        compiled, words = self.image.compiled, []
-        if self.force is not None:
-            words = words_of_routes(forced_routes(self.force, compiled.map.layers, position, len(tokens)))
-        run = Arguments(position, len(tokens), len(tokens) - rows, rows, tuple(zip(words[::2], words[1::2])))
+        compiled, past = self.image.compiled, self.history
+        run = Arguments(position, len(tokens), len(tokens) - rows, rows, self.routes(position, len(tokens)))
         timing = MEMORIES["hbm"].hbm
         for begin in (0, first):  # the first pass tells how long the first dispatch takes
-            channel = HbmMemory(self.config.ports, self.config.port_bits // 8, timing, begin)
+            self.history = deepcopy(past)
+            channel = HbmMemory(self.config.ports, self.config.port_bits // 8, timing, begin,
+                                ahead=self.config.fifo_beats)
             found = predict(self.config, compiled.program, run, tokens=tokens, channel=channel,
-                            program_at=compiled.map.address("program"))
+                            program_at=compiled.map.address("program"), history=self.history)
             first -= found.spans[0].dispatch + 1 if not begin else 0
         return found
 
@@ -213,7 +219,7 @@ def measure(model: ModelConfig, config: OverlayConfig, skip: float, options: arg
     size = sum(path.stat().st_size for path in image.files)
     print(f"  {size / 1e9:.2f} GB of memory image in {time.perf_counter() - begin:.0f} s, chunks of "
           f"{image.compiled.map.chunk} tokens", flush=True)
-    bench = Bench(image, routes(model.layers, longest, skip) if kv else None, options.check)
+    bench = Bench(image, RandomRoutes(skip, SKIP_SEED, exact=True) if kv else None, options.check)
     try:
         for context in options.context:
             accelerators = bench.accelerators(context - 1)

@@ -21,7 +21,7 @@ from .history import KvHistory
 from .memory import Channel, memory_model
 from .outline import Kind, Outline, outline
 
-__all__ = ["Fit", "Workload", "bound", "fit", "kinds_of", "route_words", "run_at", "terms"]
+__all__ = ["Fit", "Workload", "bound", "fit", "kinds_of", "route_words", "run_at", "spread", "terms"]
 
 CORE_MHZ = 225  #: of the overlay on the cards, as of the memory model
 
@@ -155,11 +155,10 @@ def bound(found: dict[str, float]) -> str:
 
 
 def fit(model: ModelConfig, config: OverlayConfig, workload: Workload,
-        log: Callable[[str], None] = lambda line: None, samples: int = 3) -> Fit:
+        log: Callable[[str], None] = lambda line: None, samples: int = 4) -> Fit:
     """Predict a workload. log : is told what is being predicted
 
-    samples : positions of decode that are predicted, from the first to the last; the cost grows linearly between them.
-        1 takes the middle, and the prompt's middle chunk for all
+    samples : positions of decode that are predicted, see `spread`; 1 takes the prompt's middle chunk for all
 
     Raises CapacityError with everything that is too small, CompileError for a context beyond the model's.
     """
@@ -170,16 +169,14 @@ def fit(model: ModelConfig, config: OverlayConfig, workload: Workload,
         short = shortages(config, model, context, workload.kv, sizes)
         more = "".join(f"; {name} must be at least {needed} but is {there}" for name, needed, there in short[1:])
         raise CapacityError(f"{error}{more}") from None
-    places = np.linspace(0, 1, samples) if samples > 1 else [0.5]
-    positions = sorted({workload.prompt + round((workload.count - 1) * at) for at in places})
+    positions = spread(workload.prompt, workload.count, samples, config.tile_tokens)
     runs = []
     for position in positions:
         log(f"decode at position {position}")
         runs.append(run_at(program, workload, position, 1, 1))
-    weights = _trapezoid(positions)
 
     def mean(values: list[float]) -> float:
-        return float(np.dot(weights, values))
+        return float(np.mean(values))
 
     channel = memory_model(workload.memory, config)
     split = [terms(run, channel, config.ports) for run in runs]
@@ -193,15 +190,18 @@ def fit(model: ModelConfig, config: OverlayConfig, workload: Workload,
         share_of_peak=moved / cycles, share_of_memory=moved / cycles / channel.share)
 
 
-def _trapezoid(positions: list[int]) -> np.ndarray:
-    """Weights for the mean of a function that is linear between positions."""
-    if len(positions) == 1:
-        return np.ones(1)
-    gaps = np.diff(positions)
-    weights = np.zeros(len(positions))
-    weights[:-1] += gaps / 2
-    weights[1:] += gaps / 2
-    return weights / weights.sum()
+def spread(first: int, count: int, samples: int, tile: int) -> list[int]:
+    """Positions that stand for ``count`` of them from ``first`` on: evenly spread, and so are their remainders by the
+    tokens of a KV tile, since a tile costs the same to the array whatever it holds."""
+    found = []
+    for number in range(min(samples, count)):
+        at = first + int((number + 0.5) * count / min(samples, count))
+        if count >= 2 * tile:  # remainders in another order: the upper half between the lower one
+            other = number // 2 + (number % 2) * ((samples + 1) // 2)
+            at += (int((other + 0.5) / samples * tile) - at + tile // 2) % tile - tile // 2
+            at = min(max(at, first), first + count - 1)
+        found.append(at)
+    return found
 
 
 def _prefill(program: Outline, workload: Workload, log: Callable[[str], None], ends: bool) -> float:

@@ -14,6 +14,7 @@ from ..routes import words_of_routes
 from ..runtime import Accelerator, RunStats
 from ..timeline import Block, Span, blocks, spans
 from .cycles import predict
+from .history import KvHistory
 from .memory import memory_model
 
 __all__ = ["Profiled", "Recording"]
@@ -68,6 +69,7 @@ class Profiled(Accelerator):
     def __init__(self, *args: Any, memory: str = "ideal", **options: Any) -> None:
         super().__init__(*args, **options)
         self.memory = memory
+        self.history = KvHistory(self.config) if self.map.kv == "reuse" else None
         self.recordings: list[Recording] = []
 
     def run(self, tokens: Sequence[int], head_row: int = 0, head_rows: int = 0, instructions: int = 0) -> None:
@@ -90,7 +92,7 @@ class Profiled(Accelerator):
             found, ports, label = spans(program, events), _stretches(events, config.ports), "simulated"
         else:
             run = predict(config, program, arguments, tokens=tokens, channel=memory_model(self.memory, config),
-                          program_at=self.map.address("program"))
+                          program_at=self.map.address("program"), history=self.history)
             found, ports, label = run.spans, [run.moved] * config.ports, "predicted"
         first = found[0].dispatch
         self.recordings.append(Recording(
