@@ -98,8 +98,8 @@ def predict(config: OverlayConfig, program: Program, arguments: Arguments, *, to
     """One run of a program with ideal memory, or the given one.
 
     tokens : the token table, for the addresses of embeddings; decide : rows that execute, of each layer, in place of
-    ``arguments.routes``; program_at : superbeat address of the program; history : of the sequence so far, which this run
-    continues; without it no KV record comes from the history buffer
+    ``arguments.routes``; program_at : superbeat address of the program; history : of the sequence so far, which this
+    run continues; without it no KV record comes from the history buffer
     """
     machine = _Machine(config, program, channel or IdealMemory(), cycles or Cycles(), history,
                        program_at * config.port_bits // 8 // WORD_BYTES)
@@ -129,7 +129,7 @@ class _Machine:
         self.loader = 0  # cycle in which the load unit can take the next command, or prepare the next record
         self.runs: deque[tuple[int, int, np.ndarray | None]] = deque()  # count, address, ports: of the load requested
         self.following: _Command | None = None  # it, if it follows the history
-        self.hits = np.full(config.ports, -1)  # cycle in which the last record came from the history buffer of each port
+        self.hits = np.full(config.ports, -1)  # cycle of the last record from the history buffer of each port
         self.jobs: deque[_Command] = deque()  # loads requested, not delivered
         self.kv_tiles: list[int] = []  # cycle in which the last superbeat of each KV tile was written
         self.kv_read = {MatmulMode.QK: 0, MatmulMode.PV: 0}

@@ -141,7 +141,8 @@ def _history(program: Outline, workload: Workload, position: int) -> KvHistory |
 def terms(run: Predicted, channel: Channel, ports: int) -> dict[str, float]:
     """Cycles that each resource needs if nothing else takes time, and the cycles that none of them explains.
 
-    memory : beats of a port, in the mean, at the rate that memory delivers; array : tiles loaded and rows multiplied; vector : beats
+    memory : beats of a port, in the mean, at the rate that memory delivers; array : tiles loaded and rows multiplied
+    vector : beats
     latency : the run beyond the largest of these: pipelines that fill and empty, and waiting for each other
     """
     found = {"memory": run.beats / ports / channel.share, "array": float(run.tile_cycles),

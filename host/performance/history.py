@@ -1,4 +1,4 @@
-"""Where the KV records of a sequence come from, for predictions: the history of the ports, as the functional level has it."""
+"""Where the KV records of a sequence come from, for predictions: what the functional level knows of the ports."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ class HbmMemory:
         end, early = bus.max(), []
         while self._due[0][0] < end:
             due, port = heappop(self._due)
-            if due >= bus[port] or not (asked is True or asked[port]):
+            if due >= bus[port] or not (isinstance(asked, bool) or asked[port]):
                 early.append((due, port))
                 continue
             begin = bus[port] - work
@@ -294,7 +294,8 @@ class Superbeats:
             gap = (last - first) / (burst.beats - 1) if burst.beats > 1 else 1.0
             end = first + gap * (part - 1)
             if part < burst.beats:
-                self._queued.appendleft(_Burst(burst.asked, burst.beats - part, np.array([end + gap]), np.array([last])))
+                rest = _Burst(burst.asked, burst.beats - part, np.array([end + gap]), np.array([last]))
+                self._queued.appendleft(rest)
             begin = max(math.ceil(first) + 1, self.gives + 1, ready)
             given = max(begin + each * (part - 1), math.ceil(end) + 1)
             popped = max(first, self.gives)
