@@ -42,6 +42,7 @@ class _Command:
     rows : of its list; before : the one before it in its unit; after : those of other units that must be done before
     left : superbeats that a load has to deliver; records : rows of records of a load, as they are found
     asked : cycles in which the readers of each row's records were asked for them
+    writes : (last beat handed over, beats, address, port) of the runs of a store whose responses nobody waits for yet
     """
 
     pc: int
@@ -60,6 +61,7 @@ class _Command:
     left: int = 0
     records: list[Row] = field(default_factory=list)
     asked: list[int] = field(default_factory=list)
+    writes: list[tuple[int, int, int, int | None]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -262,6 +264,8 @@ class _Machine:
 
     def _done(self, command: _Command) -> int:
         """Cycle in which a command is done."""
+        if command.writes:
+            self._end_store(command)
         while command.done < 0:
             if command.unit != Unit.LOAD:
                 raise AssertionError(f"{command.mnemonic} at {command.pc} is waited for before its results are taken")
@@ -506,36 +510,41 @@ class _Machine:
 
     def _store(self, command: _Command) -> None:
         config, cycles, f = self.config, self.cycles, command.fields
-        start = self._arrive(command, command.before.done + 1 if command.before else 0)
+        start = self._arrive(command, self._done(command.before) + 1 if command.before else 0)
         if command.mnemonic == "storel":
-            count, port = f["rows"] * f["count"], None
-            last = max(start + cycles.store, self.logits + cycles.logits)
+            count = f["rows"] * f["count"]
+            command.writes = [(max(start + cycles.store, self.logits + cycles.logits), count, f["imm"], None)]
             self.found.beats_written += count * config.ports
-            responses = [self._write(last, count, f["imm"], None)]
-        else:
-            last, responses = start + cycles.store - 1, []
-            moving, elements = f["record"], config.beat_elements
-            if f["format"]:  # KVOUT is read for the exponents, which a tree of four to one finds, and for each plane
-                passes = 3 if f["format"] == KvFormat.B12 else 2
-                tree = ceil_div(elements.bit_length() - 1, 2)
-                moving = passes * 2 * f["heads"] * f["head_beats"] + tree + cycles.pack
-            for row in range(f["rows"]):
-                if not f["mask"] >> row & 1:
-                    last += 1
-                    continue
-                last += moving + cycles.place * f["reuse"]
-                position = f["x"] + row
-                address, port = f["imm"] + position // config.ports * f["record"], position % config.ports
-                responses.append(self._write(last, f["record"], address, port))
-                last += cycles.record_end
-                self.found.beats_written += f["record"]
-                self.found.kv_written += f["record"]
-        command.done = int(max(responses, default=last)) + cycles.settle
+            return
+        last = start + cycles.store - 1
+        moving, elements = f["record"], config.beat_elements
+        if f["format"]:  # KVOUT is read for the exponents, which a tree of four to one finds, and for each plane
+            passes = 3 if f["format"] == KvFormat.B12 else 2
+            tree = ceil_div(elements.bit_length() - 1, 2)
+            moving = passes * 2 * f["heads"] * f["head_beats"] + tree + cycles.pack
+        for row in range(f["rows"]):
+            if not f["mask"] >> row & 1:
+                last += 1
+                continue
+            last += moving + cycles.place * f["reuse"]
+            position = f["x"] + row
+            command.writes.append((last, f["record"], f["imm"] + position // config.ports * f["record"],
+                                   position % config.ports))
+            last += cycles.record_end
+            self.found.beats_written += f["record"]
+            self.found.kv_written += f["record"]
+        if not command.writes:
+            command.done = last + cycles.settle
 
-    def _write(self, last: int, beats: int, address: int, port: int | None) -> float:
-        """Response to a run whose last beat is handed to its writer in a cycle; logits come slower than it writes."""
-        burst = min((address + beats - 1) % self.config.burst_beats + 1, beats)
-        # a record's last burst waits for the one before it, which began only when all of it was there
-        before = 0 if port is None else min(beats - burst, self.config.burst_beats)
-        return self.channel.write(last + self.cycles.write + max(burst, before), burst, address + beats - burst, port)
-
+    def _end_store(self, command: _Command) -> None:
+        """Responses to what a store wrote: as late as possible, since reads that were asked for before hold it up."""
+        responses, burst_beats = [], self.config.burst_beats
+        for last, beats, address, port in command.writes:
+            burst = min((address + beats - 1) % burst_beats + 1, beats)
+            # a record's last burst waits for the one before it, which began only when all of it was there; logits come
+            # slower than they are written
+            before = 0 if port is None else min(beats - burst, burst_beats)
+            sent = last + self.cycles.write + max(burst, before)
+            responses.append(self.channel.write(sent, burst, address + beats - burst, port, beats - burst))
+        command.writes = []
+        command.done = int(max(responses)) + self.cycles.settle

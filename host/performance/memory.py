@@ -36,8 +36,11 @@ class Channel(Protocol):
              asked: np.ndarray | bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Cycles in which the first and the last beat of a burst arrive, by port; asked : bool [ports], if not all."""
 
-    def write(self, cycle: int, beats: int, address: int, port: int | None) -> float:
-        """Cycle of the response to a burst whose last beat arrives in ``cycle``; port : one, or all for None."""
+    def write(self, cycle: int, beats: int, address: int, port: int | None, before: int = 0) -> float:
+        """Cycle of the response to a burst whose last beat is there in ``cycle``; port : one, or all for None
+
+        before : beats of the same run, which go first. All reads that may hold it up have been asked for.
+        """
 
     @property
     def share(self) -> float:
@@ -72,7 +75,7 @@ class IdealMemory:
         self._next = np.where(asked, first + beats * gap, self._next)
         return first, first + (beats - 1) * gap
 
-    def write(self, cycle: int, beats: int, address: int, port: int | None) -> float:
+    def write(self, cycle: int, beats: int, address: int, port: int | None, before: int = 0) -> float:
         return cycle + self.write_latency
 
 
@@ -80,20 +83,22 @@ class HbmMemory:
     """HBM2 pseudo-channels as `sim/hbm.h` times them, burst by burst.
 
     Rows that a stream will need are opened behind the accesses before, so only the first burst after a pause pays for
-    opening. Refreshes come at another time on every port. Writes are few; they hold up no reads.
+    opening. Refreshes come at another time on every port. Data of writes are taken while few reads are waiting.
 
     ports, beat_bytes : of the overlay; timing : `sim.hbm.HbmTiming`; begin : cycles since reset, which say how far the
         next refreshes are; first : number of the first port; ahead : beats that a reader asks for ahead of their use
     """
 
     _ACCESS = 32  # bytes
+    _BACKLOG = 64  # accesses that may wait when data of writes are taken
+    _LOG = 512  # bursts that are remembered
 
     def __init__(self, ports: int, beat_bytes: int, timing: Any, begin: int = 0, first: int = 0,
                  ahead: int = 0) -> None:
         natives = [timing.native(first + port) for port in range(ports)]
         one = natives[0]
         self._fetch_port = lambda: HbmMemory(1, WORD_BYTES, timing, begin, first + ports)
-        self._core, self._path, self._column = one.core, one.path, one.column
+        self._core, self._slot, self._path, self._column = one.core, one.slot, one.path, one.column
         self._activate, self._precharge, self._response = one.activate, one.precharge, one.write_response
         self._interval, self._turnaround = one.refresh_interval, one.turnaround
         self._pause = one.refresh + one.activate + one.column  # from a refresh to the next data
@@ -110,6 +115,7 @@ class HbmMemory:
         self._bus = np.zeros(ports)  # when the data bus of each port is free
         self._rows: dict[int, int] = {}  # open rows, by the bits that choose banks
         self._next = np.zeros(ports)  # cycle in which each port can deliver again
+        self._log: deque[tuple[Cycle, np.ndarray]] = deque(maxlen=self._LOG)  # bursts: asked for, end of their data
 
     @property
     def share(self) -> float:
@@ -144,12 +150,22 @@ class HbmMemory:
         for item in early:
             heappush(self._due, item)
         last, beat = bus / self._core, self._beat / self._core
+        self._log.append((cycle, last))
         first = np.maximum(last - (beats - 1) * beat, self._next)
         last = np.maximum(last, first + (beats - 1) * max(beat, 1))
         np.add(last, max(beat, 1), out=self._next, where=asked)
         return first, last
 
-    def write(self, cycle: int, beats: int, address: int, port: int | None) -> float:
+    def _quiet(self, cycle: float, port: int | None) -> float:
+        """First cycle from ``cycle`` on in which a port, or every one, takes data of writes."""
+        backlog, now = self._BACKLOG * self._slot / self._core, np.full(len(self._bus), float(cycle))
+        for asked, end in self._log:
+            np.maximum(now, end - backlog, out=now, where=asked <= now)
+        return float(now.max() if port is None else now[port])
+
+    def write(self, cycle: int, beats: int, address: int, port: int | None, before: int = 0) -> float:
+        data = (before + beats) * max(self._beat / self._core, 1)
+        cycle = max(cycle, math.ceil(self._quiet(cycle - before - beats, port) + data))
         begin = cycle * self._core + self._path + self._turnaround + self._opening(address)
         work = beats * self._beat
         phase = self._phase if port is None else self._phase[port]
@@ -158,6 +174,8 @@ class HbmMemory:
         reads = np.minimum(since / self._core, self._ahead) * self._beat
         begin = begin + np.where(since < self._pause, self._pause - since + reads, 0)
         end = begin + work + np.where(self._interval - (begin - phase) % self._interval < work, self._pause, 0)
+        ports = slice(None) if port is None else port
+        self._bus[ports] = np.maximum(self._bus[ports], end)
         return max(math.ceil(float(np.max(end)) / self._core), cycle + 1) + self._response // self._core
 
 
