@@ -26,7 +26,7 @@ from skipopu.host.errors import SkipopuError
 from skipopu.host.model import ModelConfig
 from skipopu.host.passes.walk import Arguments
 from skipopu.host.performance.cycles import predict
-from skipopu.host.performance.fit import CORE_MHZ
+from skipopu.host.performance.fit import CORE_MHZ, resized
 from skipopu.host.performance.geometries import GEOMETRIES, find_geometry
 from skipopu.host.performance.history import KvHistory
 from skipopu.host.performance.memory import HbmMemory, memory_model
@@ -61,15 +61,8 @@ def arguments() -> argparse.Namespace:
 
 def configuration(text: str) -> OverlayConfig:
     """A preset, with sizes changed. Multipliers are plain words: the same bits and cycles, built in far less time."""
-    name, *changes = text.split(",")
-    base = replace(preset(name), name=text, dsp="generic")
-    sizes = {}
-    for change in changes:
-        key, _, value = change.partition("=")
-        if not isinstance(getattr(base, key, None), int) or not value.isdecimal():
-            raise ConfigError(f"a changed size is like ports=16, not {change!r}")
-        sizes[key] = int(value)
-    return replace(base, **sizes)
+    name, *sizes = text.split(",")
+    return resized(replace(preset(name), dsp="generic"), sizes)
 
 
 @dataclass(frozen=True)

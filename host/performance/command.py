@@ -100,16 +100,20 @@ def fit(model: Annotated[str | None, typer.Option("-m", "--model", help="GGUF fi
                                                                "with minima q4_1, q4m_g64, q4m_g128, or q8_0.")]
         = "q4_0",
         kv_format: Annotated[str, typer.Option("--kv-format", metavar="fp16|12|8", help="Of KV records.")] = "fp16",
+        buffer: Annotated[int | None, typer.Option("--buffer", metavar="BYTES", help="Of the history buffer; 0 for "
+                                                   "none. Default: all of it.")] = None,
+        sizes: Annotated[list[str] | None, typer.Option("--size", metavar="NAME=NUMBER", help="Another size of the "
+                                                        "configuration; may be repeated.")] = None,
         memory: Annotated[str, typer.Option("--memory", help="Model of the memory: hbm (timed) or ideal.")] = "hbm",
         seed: Annotated[int, typer.Option("--seed", min=0, help="Of the modules that are skipped.")] = 1,
         as_json: JsonOption = False) -> None:
     """Predict whether a model fits a configuration, what bounds it, and how fast it is. Needs no weights."""
-    from .fit import Workload
+    from .fit import Workload, resized
     from .fit import fit as run
-    chosen = preset(config)
+    chosen = resized(preset(config), sizes or ())
     shape, kind = _shape(model, geometry, weights)
     workload = Workload(prompt=prompt, count=count, skip=skip, kv=kv or ("reuse" if skip else ""), kind=kind,
-                        memory=memory, seed=seed, kv_format=kv_format)
+                        memory=memory, seed=seed, kv_format=kv_format, buffer=buffer)
     with progress(f"predicting {shape.name}") as update:
         found = run(shape, chosen, workload, lambda line: update(None, line))
     if as_json:
@@ -126,6 +130,9 @@ def fit(model: Annotated[str | None, typer.Option("-m", "--model", help="GGUF fi
               f"{found.bytes_per_token / 1e6:,.1f} MB per token (predicted)\n"
               f"bound by {found.bound}: {found.share_of_peak:.1%} of the ports' peak, {found.share_of_memory:.1%} of "
               f"what the memory can deliver (predicted)")
+        if found.served:
+            print(f"the history buffer serves {found.served * found.bytes_per_token / 1e6:.1f} MB per token more: "
+                  f"{found.effective_share:.1%} of the peak with them (predicted)")
         for name, cycles in found.terms.items():
             print(f"  {name}: {cycles:,.0f} cycles per token, {cycles / found.cycles_per_token:.1%} of the time "
                   f"(predicted)")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -21,7 +21,7 @@ from .history import KvHistory
 from .memory import Channel, memory_model
 from .outline import Kind, Outline, outline
 
-__all__ = ["Fit", "Workload", "bound", "fit", "kinds_of", "route_words", "run_at", "spread", "terms"]
+__all__ = ["Fit", "Workload", "bound", "fit", "kinds_of", "resized", "route_words", "run_at", "spread", "terms"]
 
 CORE_MHZ = 225  #: of the overlay on the cards, as of the memory model
 
@@ -32,7 +32,7 @@ class Workload:
 
     skip : share of the modules that every token skips; kv : mode for those that skip attention, "" without routers
     kind : of the weights, see `outline`; memory : model of it, see `memory.MODELS`; seed : of the skipped modules
-    kv_format : of KV records, one of `plan.KV_FORMATS`
+    kv_format : of KV records, one of `plan.KV_FORMATS`; buffer : bytes of the history buffer, by default all of it
     """
 
     prompt: int = 128
@@ -43,6 +43,7 @@ class Workload:
     memory: str = "hbm"
     seed: int = 1
     kv_format: str = "fp16"
+    buffer: int | None = None
 
     def __post_init__(self) -> None:
         if self.prompt < 1 or self.count < 1:
@@ -60,6 +61,7 @@ class Fit:
     cycles_per_token, bytes_per_token : means over the generated tokens; prefill_cycles : of the whole prompt
     terms : cycles per token that each resource needs by itself; bound : the largest of them, see `bound`
     share_of_peak, share_of_memory : bytes moved in decode, of what the ports can carry and of what memory can deliver
+    served : bytes per token that came from the history buffer instead, by those moved
     """
 
     chunk: int
@@ -73,6 +75,7 @@ class Fit:
     bound: str
     share_of_peak: float
     share_of_memory: float
+    served: float
     core_mhz: float = CORE_MHZ
 
     @property
@@ -80,11 +83,17 @@ class Fit:
         return self.core_mhz * 1e6 / self.cycles_per_token
 
     @property
+    def effective_share(self) -> float:
+        """Share of the ports' peak if bytes from the history buffer count as moved."""
+        return self.share_of_peak * (1 + self.served)
+
+    @property
     def fits_memory(self) -> bool:
         return self.port_capacity is None or self.port_bytes <= self.port_capacity
 
     def as_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in (*self.__dataclass_fields__, "tokens_per_second", "fits_memory")}
+        more = ("tokens_per_second", "effective_share", "fits_memory")
+        return {name: getattr(self, name) for name in (*self.__dataclass_fields__, *more)}
 
 
 def kinds_of(model: Model) -> Kind:
@@ -163,7 +172,7 @@ def fit(model: ModelConfig, config: OverlayConfig, workload: Workload,
 
     Raises CapacityError with everything that is too small, CompileError for a context beyond the model's.
     """
-    context, sizes = workload.prompt + workload.count, KvSizes(format=workload.kv_format)
+    context, sizes = workload.prompt + workload.count, KvSizes(format=workload.kv_format, buffer=workload.buffer)
     try:
         program = outline(model, config, context, kv=workload.kv, kind=workload.kind, sizes=sizes)
     except CapacityError as error:
@@ -188,7 +197,19 @@ def fit(model: ModelConfig, config: OverlayConfig, workload: Workload,
         chunk=program.plan.chunk, port_bytes=program.port_bytes(), port_capacity=_capacity(config),
         parts=_parts(program), cycles_per_token=cycles, bytes_per_token=moved * config.superbeat_bytes,
         prefill_cycles=_prefill(program, workload, log, samples > 1), terms=together, bound=bound(together),
-        share_of_peak=moved / cycles, share_of_memory=moved / cycles / channel.share)
+        share_of_peak=moved / cycles, share_of_memory=moved / cycles / channel.share,
+        served=mean([run.kv_buffered for run in runs]) / config.ports / moved)
+
+
+def resized(config: OverlayConfig, sizes: Sequence[str]) -> OverlayConfig:
+    """A configuration with other sizes, each like ``kvbuf_heads=128``. Raises RequestError, ConfigError."""
+    changes = {}
+    for size in sizes:
+        name, _, value = size.partition("=")
+        if not isinstance(getattr(config, name, None), int) or not value.isdecimal():
+            raise RequestError(f"a size is like kvbuf_heads=128, not {size!r}")
+        changes[name] = int(value)
+    return replace(config, name=",".join([config.name, *sizes]), **changes) if sizes else config
 
 
 def spread(first: int, count: int, samples: int, tile: int) -> list[int]:
@@ -243,5 +264,5 @@ def _parts(program: Outline) -> dict[str, int]:
 def _capacity(config: OverlayConfig) -> int | None:
     """Memory behind a port on the cards that this configuration is made for."""
     boards = import_module("skipopu.bitstream.boards").ALVEO.values()
-    return next((board.channel_bytes for board in boards if board.config == config.name), None)
+    return next((board.channel_bytes for board in boards if board.config == config.name.partition(",")[0]), None)
 

@@ -1,9 +1,10 @@
-"""What a configuration costs on AMD UltraScale+, from what Yosys counts for its blocks at a few sizes.
+"""What a configuration costs on AMD UltraScale+, from what Yosys counts for its blocks.
 
 Synthesising a whole overlay takes far longer than predicting its speed, so sweeps use a formula: each block is so many
-LUTs, flip-flops and DSPs, and so many more per pair of columns, vector lane or port bit. The numbers come from
-``skipopu synth`` before placement, at configurations `tiny` and `u280` for the array, `tiny` and `ulx3s` for the rest;
-they tell configurations apart, and `skipopu synth --config` counts one. Memories are counted from their sizes.
+LUTs, flip-flops and DSPs, and so many more per pair of columns, vector lane, port or bit of a superbeat. The numbers
+are those of ``skipopu synth`` before placement: the array at `tiny` and `u280`, the other blocks at `u280`
+(docs/boards.md), narrow records at `tiny`. At `u280` the formula gives what was counted within 2%; how blocks grow with
+other sizes is from their structure. `skipopu synth --config` counts a configuration. Memories follow from their sizes.
 """
 
 from __future__ import annotations
@@ -11,51 +12,61 @@ from __future__ import annotations
 from math import ceil
 
 from skipopu.hw.config import OverlayConfig
-from skipopu.hw.formats import ACC_BITS, MANTISSA_BITS
+from skipopu.hw.formats import MANTISSA_BITS
 
 __all__ = ["DEVICE", "estimate_resources"]
 
 #: Of the U280's device.
 DEVICE = {"luts": 1_303_680, "ffs": 2_607_360, "dsps": 9024, "bram36": 2016, "uram": 960}
-_BRAM = (512, 72)  # words and bits of a memory
-_URAM = (4096, 72)
+_BRAM = 512 * 72  # bits of a memory, which can be deeper and narrower
+_URAM = 4096 * 72
 _SHALLOW = 128  # words up to which a memory is made of LUTs, 64 bits each
 
 _Cost = tuple[float, float, float]  # LUTs, flip-flops, DSPs
 _PAIR_BLOCK: _Cost = (1380, 660, 4)  # two columns, for each block of lanes and for each lane
 _PAIR_LANE: _Cost = (74.1, 48.5, 1)
 _COLUMN_BLOCK: _Cost = (140, 90, 0)  # scales, minima and draining of a column, for each block of lanes
+_LANE: _Cost = (100, 0, 0)  # activations
 _VECTOR: _Cost = (4000, 2500, 20)
-_VECTOR_LANE: _Cost = (4200, 2600, 16)
-_PORT: _Cost = (500, 420, 0)  # reading and writing
-_PORT_BIT: _Cost = (12.0, 6.0, 0)
-_FIXED: _Cost = (8000, 8000, 8)  # control, fetch, registers, counters
+_VECTOR_LANE: _Cost = (5400, 3400, 21.8)
+_KV_BIT: _Cost = (12.4, 4.4, 0)  # of a superbeat: KV tiles, two rows of records a cycle, half of it aligners
+_NARROW_BIT: _Cost = (4.8, 0, 0)  # more for narrow records, in the KV buffer; in the store unit by bit of a port
+_NARROW_PORT_BIT: _Cost = (8.8, 0, 0)
+_PORT: _Cost = (2800, 3500, 2)  # reading, pointers, tags, counters; the crossing to the memory's clock
+_WRITE_BIT: _Cost = (2.2, 3.5, 0)
+_FIXED: _Cost = (7100, 7300, 8)  # control, fetch, registers
 
 
-def _memory(words: int, bits: int) -> dict[str, int]:
-    """What one memory takes."""
+def _memory(words: int, bits: int) -> dict[str, float]:
+    """What one memory takes; a BRAM36 is two halves."""
     if words <= _SHALLOW:
         return {"luts": ceil(words / 64) * bits}
-    depth, width = _URAM if words * bits >= 8 * _BRAM[0] * _BRAM[1] and words >= 2048 else _BRAM
-    return {"uram" if depth == _URAM[0] else "bram36": ceil(words / depth) * ceil(bits / width)}
+    if words >= 4096:
+        return {"uram": ceil(words * bits / _URAM)}
+    return {"bram36": ceil(2 * words * bits / _BRAM) / 2}
 
 
 def estimate_resources(config: OverlayConfig) -> dict[str, int]:
     """luts, ffs, dsps, bram36, uram of a configuration. Estimated, not synthesised."""
     width, elements = 8 * config.superbeat_bytes, config.vector_lanes
     pairs = config.columns / 2
+    ports, rows = config.ports, config.history_tokens // config.ports
     counted = [(_FIXED, 1), (_PAIR_BLOCK, pairs * config.blocks), (_PAIR_LANE, pairs * config.lanes),
-               (_COLUMN_BLOCK, config.columns * config.blocks), (_VECTOR, 1), (_VECTOR_LANE, elements),
-               (_PORT, config.ports), (_PORT_BIT, width)]
-    total = {name: round(sum(cost[index] * count for cost, count in counted))
-             for index, name in enumerate(("luts", "ffs", "dsps"))} | {"bram36": 0, "uram": 0}
-    tile_words = 2 * config.tile_tokens // config.ports * 2 * config.kvbuf_heads * config.lanes // config.beat_elements
-    memories = [(config.abuf_rows, 32 * elements), (config.abuf_rows, 32 * elements),  # two reads a cycle: two copies
-                (config.mbuf_rows, MANTISSA_BITS * config.lanes + 40 * config.blocks), (tile_words, width),
-                (config.kvout_rows, config.port_bits), (config.router_rows, 32 * elements),
-                (config.cache_words, 256), *[(config.fifo_beats, config.port_bits + 1)] * config.ports,
-                *[(2 * config.acc_rows, ACC_BITS)] * config.columns]
+               (_COLUMN_BLOCK, config.columns * config.blocks), (_LANE, config.lanes), (_VECTOR, 1),
+               (_VECTOR_LANE, elements), (_KV_BIT, width), (_NARROW_BIT, width * config.kv_narrow),
+               (_NARROW_PORT_BIT, config.port_bits * config.kv_narrow), (_PORT, ports), (_WRITE_BIT, width)]
+    total = {name: sum(cost[index] * count for cost, count in counted)
+             for index, name in enumerate(("luts", "ffs", "dsps"))} | {"bram36": 0.0, "uram": 0.0}
+    tile_words = config.tile_tokens // ports * 2 * config.kvbuf_heads * config.lanes // config.beat_elements
+    memories = [(config.abuf_rows, 32 * elements)] * 2 + [  # two reads a cycle: two copies
+        (config.mbuf_rows, MANTISSA_BITS * config.lanes + 40 * config.blocks), (config.kvout_rows, config.port_bits),
+        (config.router_rows, 32 * elements), (config.cache_words, 256)]
+    memories += [(tile_words, config.port_bits)] * 2 * ports  # even and odd rows, of two tiles
+    memories += [(config.fifo_beats, config.port_bits + 2), (rows * config.history_layers, 17),
+                 (rows, config.history_layers + 1)] * ports
+    if config.buffer_beats:
+        memories += [(config.buffer_beats, config.port_bits), (rows, 36)] * ports
     for words, bits in memories:
         for name, count in _memory(words, bits).items():
             total[name] += count
-    return total
+    return {name: ceil(count) for name, count in total.items()}
