@@ -26,7 +26,7 @@ from .resources import estimate_resources
 
 __all__ = ["AXES", "ExploreError", "Point", "Sweep", "VERSION", "draw", "evaluate", "explore", "pareto", "table"]
 
-VERSION = 2  # 2: formats of KV records
+VERSION = 3  # 2: formats of KV records; 3: the history buffer, resources as counted at u280
 _FORMAT = "skipopu-explore"
 AXES = ("lanes", "columns", "ports", "vector_lanes", "fifo_beats", "kvbuf_heads", "tokens")  #: what may be swept
 _BATCH = 4  # points that a worker gets before results are written

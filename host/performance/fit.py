@@ -218,7 +218,7 @@ def spread(first: int, count: int, samples: int, tile: int) -> list[int]:
     found = []
     for number in range(min(samples, count)):
         at = first + int((number + 0.5) * count / min(samples, count))
-        if count >= 2 * tile:  # remainders in another order: the upper half between the lower one
+        if count >= samples * tile:  # remainders in another order: the upper half between the lower one
             other = number // 2 + (number % 2) * ((samples + 1) // 2)
             at += (int((other + 0.5) / samples * tile) - at + tile // 2) % tile - tile // 2
             at = min(max(at, first), first + count - 1)

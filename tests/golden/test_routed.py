@@ -136,6 +136,16 @@ def test_random_routes_depend_on_the_position_alone():
     assert whole[0, 0].all() and whole[:, 0].mean() == pytest.approx(0.75, abs=0.02)
 
 
+def test_exact_routes_skip_the_same_of_every_token():
+    whole = RandomRoutes(0.25, 3, exact=True).bits(8, 0, 40)
+    assert np.array_equal(whole[:, :, 10:], RandomRoutes(0.25, 3, exact=True).bits(8, 10, 30))
+    assert (whole.sum(0) == 6).all() and whole[0, 0].all() and not whole[0, 1].all()
+    part = RandomRoutes(0.3, 3, exact=True).bits(8, 0, 400).sum(0)  # 2.4 of 8
+    assert set(part.flat) == {5, 6} and part.mean() == pytest.approx(5.6, abs=0.05)
+    everything = RandomRoutes(1.0, exact=True).bits(4, 0, 3)
+    assert everything[0, 0].all() and not everything[1:].any() and not everything[:, 1].any()
+
+
 def test_a_batch_is_its_sequences():
     routed, batch = RoutedReference(MODEL, routers("reuse")), torch.stack([PROMPT, PROMPT.flip(0)])
     for row, logits in zip(batch, routed.logits(batch)):

@@ -71,7 +71,7 @@ def test_formats_of_kv_records_are_swept(tmp_path, quick):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"version": 1}, "is of version 1, this program writes version 2; name another file, or remove it"),
+    ({"version": 1}, "is of version 1, this program writes version 3; name another file, or remove it"),
     ({"format": "other"}, "holds no results of a sweep"),
     ({"settings": {"prompt": 99}}, "was made with another base"),
 ])

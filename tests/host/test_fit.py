@@ -7,9 +7,11 @@ from skipopu.golden.random_model import random_model, write_gguf
 from skipopu.host.cli import main
 from skipopu.host.errors import CapacityError, RequestError
 from skipopu.host.model import ModelConfig
-from skipopu.host.performance.fit import Workload, bound, fit
+from skipopu.host.performance.fit import Workload, bound, fit, resized, spread
 from skipopu.host.performance.geometries import GEOMETRIES
-from skipopu.hw.config import preset
+from skipopu.host.performance.memory import HbmMemory
+from skipopu.hw.config import ConfigError, preset
+from skipopu.sim.hbm import HbmTiming
 
 SMALL = ModelConfig(name="small", layers=3, hidden=576, heads=9, kv_heads=3, head_dim=64, mlp=1536, vocab=2048,
                     context=512)
@@ -38,6 +40,44 @@ def test_skipping_saves_what_it_leaves_unread():
     skipping = fit(SMALL, SIM, Workload(prompt=16, count=2, skip=0.5, kv="reuse", memory="ideal", seed=3))
     assert skipping.bytes_per_token < 0.85 * plain.bytes_per_token
     assert skipping.cycles_per_token < 0.9 * plain.cycles_per_token
+
+
+def test_the_history_buffer_serves_what_layers_share():
+    size = {"prompt": 300, "count": 1, "skip": 0.3, "kv": "reuse", "memory": "ideal"}
+    with_buffer, without = (fit(SMALL, SIM, Workload(**size, buffer=number), samples=1) for number in (None, 0))
+    records = SMALL.layers * 4 * SMALL.kv_heads * SMALL.head_dim * 300
+    served = with_buffer.served * with_buffer.bytes_per_token
+    assert without.served == 0 < served < 0.4 * records
+    assert with_buffer.bytes_per_token + served == pytest.approx(without.bytes_per_token)
+    assert with_buffer.cycles_per_token < without.cycles_per_token
+    assert with_buffer.effective_share > with_buffer.share_of_peak
+
+
+@pytest.mark.parametrize("count, samples", [(1024, 4), (1024, 16), (2048, 8)])
+def test_positions_and_their_places_in_a_tile_are_spread(count, samples):
+    found = spread(128, count, samples, 128)
+    assert len(set(found)) == samples and all(128 <= at < 128 + count for at in found)
+    assert sum(found) / samples == pytest.approx(128 + count / 2, rel=0.1)
+    assert sum(at % 128 for at in found) / samples == pytest.approx(64, abs=6)
+    assert spread(7, 1, 4, 128) == [7] and spread(7, 3, 4, 128) == [7, 8, 9]
+
+
+def test_data_of_writes_wait_for_the_reads_before():
+    def response(bursts):
+        memory = HbmMemory(2, 64, HbmTiming())
+        for burst in range(bursts):
+            memory.read(0, 16, 16 * burst)
+        return memory.write(20, 16, 4096, 0)
+    quiet, little, busy = map(response, (0, 1, 30))
+    assert quiet <= little < busy - 20 * 16 and response(31) - busy == pytest.approx(16, abs=3)
+
+
+def test_other_sizes_make_another_configuration():
+    assert resized(SIM, ["kvbuf_heads=32"]).kvbuf_heads == 32 and resized(SIM, ()) is SIM
+    with pytest.raises(RequestError, match="a size is like kvbuf_heads=128, not 'heads=3'"):
+        resized(SIM, ["heads=3"])
+    with pytest.raises(ConfigError, match="kvbuf_heads must be a power of two, not 80"):
+        resized(SIM, ["kvbuf_heads=80"])
 
 
 def test_narrow_kv_records_save_their_bytes():
@@ -92,7 +132,7 @@ def test_command_takes_a_model_file(capsys, tmp_path):
     code, out, _ = run(capsys, "-m", str(tmp_path / "m.gguf"), "--config", "tiny", "--prompt", "4", "-n", "8", "--skip",
                        "0.25")
     assert code == 0 and out.startswith("random-5 fits configuration tiny: chunks of 4 tokens")
-    assert out.count("(predicted)") == 8
+    assert out.count("(predicted)") == 9
 
 
 @pytest.mark.parametrize("arguments, message", [
