@@ -4,7 +4,7 @@
 `m0_axi_*` ... `m{P-1}_axi_*`, `mi_axi_*`.
 """
 
-from amaranth import Cat, ClockDomain, ClockSignal, Module, Mux, ResetSignal, Signal
+from amaranth import Cat, ClockDomain, ClockSignal, DomainRenamer, Module, Mux, ResetSignal, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
@@ -22,15 +22,23 @@ from .isa import Unit
 from .registers import ADDRESS_BITS, DebugBuffer
 from .verilog import to_verilog
 
-__all__ = ["Happened", "Overlay", "overlay_verilog"]
+__all__ = ["SLEEPERS", "Happened", "Overlay", "overlay_verilog"]
 
 #: An instruction (``pc``) left control, or was ``dropped`` there; bit per unit that began or finished a command.
 Happened = wiring.Signature({
     "dispatch": Out(1), "dropped": Out(1), "pc": Out(PC_BITS), "start": Out(4), "done": Out(4)})
 
 
+SLEEPERS = ("kvbuf", "vector", "store")  #: parts that have clocks of their own in simulations
+_SLEEPING = {f"{part}_awake": Out(1) for part in SLEEPERS} | {f"{part}_clock": In(1) for part in SLEEPERS}
+_LINGER = 16  # cycles in which what was stirred comes to rest
+
+
 class Overlay(wiring.Component):
     """The whole machine.
+
+    sleeps : for simulation only: each of the SLEEPERS has a clock of its own, which a simulator leaves out while
+        nothing happens there; then it need not evaluate what depends on that part alone
 
     Members
     -------
@@ -38,11 +46,13 @@ class Overlay(wiring.Component):
     m_axi : P memory ports; mi_axi : instruction fetch, reads the memory of port 0
     running : a program runs; fault : it stopped with a fault, until reset
     events : what happened in the cycle before, for simulators and on-chip analysers
+    kvbuf_awake, kvbuf_clock, vector_... : only with ``sleeps``: whether the next edge of the clock may change anything
+        in that part, from registers alone; its clock
     """
 
-    def __init__(self, *, config):
-        self.config = config
-        super().__init__({
+    def __init__(self, *, config, sleeps=False):
+        self.config, self.sleeps = config, sleeps
+        super().__init__((_SLEEPING if sleeps else {}) | {
             "s_axil": In(AxiLite(ADDRESS_BITS)), "irq": Out(1),
             "m_axi": Out(Axi4(config.port_bits)).array(config.ports), "mi_axi": Out(AxiRead(256)),
             "running": Out(1), "fault": Out(1), "events": Out(Happened),
@@ -55,10 +65,15 @@ class Overlay(wiring.Component):
         m.submodules.fetch = fetch = Fetch(config=config)
         m.submodules.control = control = Control(config=config, fault_sources=2)
         m.submodules.load = load = LoadUnit(config=config)
-        m.submodules.kvbuf = kvbuf = KvBuffer(config=config)
         m.submodules.compute = compute = ComputeUnit(config=config)
-        m.submodules.vector = vector = VectorUnit(config=config)
-        m.submodules.store = store = StoreUnit(config=config)
+        kvbuf, vector, store = KvBuffer(config=config), VectorUnit(config=config), StoreUnit(config=config)
+        for part, block in zip(SLEEPERS, (kvbuf, vector, store)):
+            m.submodules[part] = DomainRenamer(part)(block) if self.sleeps else block
+        if self.sleeps:
+            streams = [kvbuf.shape, kvbuf.request, kvbuf.tile, *kvbuf.records, *kvbuf.beats, *kvbuf.hits]
+            self._sleep(m, "kvbuf", [kvbuf.release, *(each.valid for each in streams)])
+            self._sleep(m, "vector", [vector.stirs, store.busy, ~csr.control.running])
+            self._sleep(m, "store", [store.busy, store.cmd.valid, store.logits.valid, store.places.valid])
 
         # Control.
         wiring.connect(m, csr.control, control.csr)
@@ -144,6 +159,19 @@ class Overlay(wiring.Component):
             m.d.sync += csr.debug_data.eq(choice)
         return m
 
+    def _sleep(self, m, part, signs):
+        """A part's clock and whether it is needed: nothing changes there but with or soon after one of the signs."""
+        m.domains += ClockDomain(part, local=True)
+        stirred, linger = Signal(name=f"{part}_stirred"), Signal(range(_LINGER + 1), name=f"{part}_linger")
+        m.d.comb += [
+            stirred.eq(Cat(signs).any()), getattr(self, f"{part}_awake").eq(stirred | (linger != 0)),
+            ClockSignal(part).eq(getattr(self, f"{part}_clock")), ResetSignal(part).eq(ResetSignal()),
+        ]
+        with m.If(stirred):
+            m.d.sync += linger.eq(_LINGER)
+        with m.Elif(linger != 0):
+            m.d.sync += linger.eq(linger - 1)
+
 
 class _Top(wiring.Component):
     """The overlay with its clock and reset as ports."""
@@ -160,13 +188,15 @@ class _Top(wiring.Component):
         return m
 
 
-def overlay_verilog(config, *, flatten=True):
-    """Verilog of the overlay, top module `skipopu_top`."""
-    overlay = Overlay(config=config)
+def overlay_verilog(config, *, flatten=True, sleeps=False):
+    """Verilog of the overlay, top module `skipopu_top`; ``sleeps`` : as in `Overlay`."""
+    overlay = Overlay(config=config, sleeps=sleeps)
     top = _Top(overlay)
     ports = {"clk": (top.clk, None), "rst": (top.rst, None), "irq": (overlay.irq, None)}
     ports |= axi_ports("s_axil", overlay.s_axil) | axi_ports("mi_axi", overlay.mi_axi)
     for p in range(config.ports):
         ports |= axi_ports(f"m{p}_axi", overlay.m_axi[p])
+    if sleeps:
+        ports |= {name: (getattr(overlay, name), None) for name in _SLEEPING}
     ports |= {f"event_{name}": (getattr(overlay.events, name), None) for name in Happened.members}
     return to_verilog(top, name="skipopu_top", ports=ports, flatten=flatten)

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from skipopu.sim.toolchain import Toolchain, find_toolchain
 
-__all__ = ["build_library", "cache_root"]
+__all__ = ["build_library", "cache_root", "sleepers"]
 
 _HERE = Path(__file__).parent
 _HARNESS = "harness.cpp"
@@ -47,6 +48,11 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skipopu"
 
 
+def sleepers(verilog: str) -> list[str]:
+    """Parts of a top that have clocks of their own (`hw.top.Overlay`, ``sleeps``)."""
+    return re.findall(r"^  input (\w+)_clock;", verilog, re.M)
+
+
 def build_library(verilog: str, *, top: str, ports: int, port_bits: int, trace: bool = False,
                   log: Log | None = None, harness: str = _HARNESS) -> Path:
     """Return the path of the shared library of ``top``, building it if the cache has no intact copy.
@@ -62,7 +68,8 @@ def build_library(verilog: str, *, top: str, ports: int, port_bits: int, trace: 
     flags = (*_BASE_FLAGS, *trace_flags)
     defines = (f"-DPORTS={ports}", f"-DPORT_BITS={port_bits}",
                "-DPORT_LIST=" + " ".join(f"PORT({port})" for port in range(ports)),
-               *(["-DEVENTS"] if "event_dispatch" in verilog else []))
+               *(["-DEVENTS"] if "event_dispatch" in verilog else []),
+               "-DSLEEPERS=" + " ".join(f"SLEEPER({part})" for part in sleepers(verilog)))
     sources = [(_HERE / name).read_text() for name in (harness, *_HEADERS)]
     key = _digest(verilog, top, *sources, *_VERILATOR_FLAGS, *flags, *_FAST_FLAGS, *_SLOW_FLAGS, str(_UNIT_BYTES),
                   *defines, Path(__file__).read_text(), tools.identity)

@@ -20,18 +20,18 @@ __all__ = ["MEMORIES", "RtlDevice", "cached_verilog"]
 MEMORIES = {"ideal": MemoryTiming(), "hbm": MemoryTiming(hbm=HbmTiming())}
 
 
-def cached_verilog(config: OverlayConfig, log: Callable[[str], None] | None = None) -> str:
+def cached_verilog(config: OverlayConfig, log: Callable[[str], None] | None = None, *, sleeps: bool = False) -> str:
     """Verilog of the overlay at ``config``, from the cache while the hardware's sources and tools are the same.
 
-    log : called with one line when the Verilog has to be made
+    log : called with one line when the Verilog has to be made; sleeps : as in `hw.top.Overlay`
     """
     def make() -> str:
         if log:
             log(f"elaborating the overlay at configuration {config.name}")
         from skipopu.hw.top import overlay_verilog
-        return overlay_verilog(config)
+        return overlay_verilog(config, sleeps=sleeps)
 
-    return cached_text("verilog", f"{config.name}-{hardware_digest(config)}.v", make)
+    return cached_text("verilog", f"{config.name}-{hardware_digest(config)}{'-sleeps' * sleeps}.v", make)
 
 
 class RtlDevice(Device):
@@ -55,7 +55,7 @@ class RtlDevice(Device):
         self.memory_bytes = -(-memory_bytes // unit) * unit
         self.memories = ([np.zeros(self.memory_bytes, np.uint8) for _ in range(config.ports)] if memories is None
                          else list(memories))
-        self.sim = NativeSim(verilog or cached_verilog(config, log), config.ports, config.port_bits,
+        self.sim = NativeSim(verilog or cached_verilog(config, log, sleeps=True), config.ports, config.port_bits,
                              memories=self.memories, timing=timing or MEMORIES[memory], trace=trace, log=log)
         self.reset()
 

@@ -3,8 +3,8 @@
 // Every output of the design is a function of its registers. So the outputs read before an edge are the ones that take
 // part in it, and one evaluation with the clock high and one with the clock low make a cycle.
 //
-// Set by build.py: PORTS, PORT_BITS, PORT_LIST = PORT(0) PORT(1) ..., TRACE in the build with waveforms, and EVENTS for
-// a top that says what its units do (event_*).
+// Set by build.py: PORTS, PORT_BITS, PORT_LIST = PORT(0) PORT(1) ..., TRACE in the build with waveforms, EVENTS for a
+// top that says what its units do (event_*), and SLEEPERS = SLEEPER(kvbuf) ... for parts that have clocks of their own.
 #include <memory>
 #include <stdexcept>
 
@@ -156,6 +156,17 @@ public:
     }
     size_t events() const { return events_.size(); }
 
+    // Clock parts also while nothing happens in them.
+    void sleepless(bool on) { sleepless_ = on; }
+    // Clocks of each sleeper since construction, in the order of SLEEPERS; returns how many there are.
+    size_t clocks(uint64_t* out) const {
+        size_t count = 0;
+#define SLEEPER(part) out[count++] = clocks_.part;
+        SLEEPERS
+#undef SLEEPER
+        return count;
+    }
+
     uint64_t now() const { return watch_.cycle; }
     bool irq() const { return top_->irq; }
     std::string error() const { return watch_.text; }
@@ -170,11 +181,17 @@ private:
 
     void clock() {
         top_->clk = 1;
+#define SLEEPER(part) clocks_.part += top_->part##_clock = top_->part##_awake | top_->rst | sleepless_;
+        SLEEPERS
+#undef SLEEPER
         top_->eval();
 #ifdef TRACE
         dump(0);
 #endif
         top_->clk = 0;
+#define SLEEPER(part) top_->part##_clock = 0;
+        SLEEPERS
+#undef SLEEPER
         top_->eval();
 #ifdef TRACE
         dump(1);
@@ -211,8 +228,13 @@ private:
     std::string trace_path_;
     uint64_t trace_first_ = 0, trace_last_ = 0;
 #endif
+#define SLEEPER(part) uint64_t part = 0;
+    struct Clocks {
+        SLEEPERS
+    } clocks_;
+#undef SLEEPER
     std::vector<Event> events_;
-    bool recording_ = false;
+    bool recording_ = false, sleepless_ = false;
     uint32_t moved_ = 0;
     uint64_t beats_[PORTS] = {};
     VerilatedContext context_;
@@ -264,6 +286,8 @@ API void sim_error(const Simulation* s, char* text, size_t size) { snprintf(text
 API int sim_trace(Simulation* s, const char* path, uint64_t first, uint64_t last) { return s->trace(path, first, last); }
 API void sim_stop_trace(Simulation* s) { s->stop_trace(); }
 API int sim_record(Simulation* s, int on) { return s->record(on); }
+API void sim_sleepless(Simulation* s, int on) { s->sleepless(on); }
+API size_t sim_clocks(const Simulation* s, uint64_t* out) { return s->clocks(out); }
 API size_t sim_events(const Simulation* s) { return s->events(); }
 API size_t sim_take_events(Simulation* s, Event* out, size_t most) { return s->take_events(out, most); }
 API void sim_stats(Simulation* s, unsigned port, PortStats* out, int clear) {

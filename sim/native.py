@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from skipopu.sim.build import build_library
+from skipopu.sim.build import build_library, sleepers
 
 from .hbm import HbmConfig, HbmTiming
 
@@ -125,6 +125,8 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "trace": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint64, ctypes.c_uint64]),
     "stop_trace": (None, [ctypes.c_void_p]),
     "record": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int]),
+    "sleepless": (None, [ctypes.c_void_p, ctypes.c_int]),
+    "clocks": (ctypes.c_size_t, [ctypes.c_void_p, ctypes.c_void_p]),
     "events": (ctypes.c_size_t, [ctypes.c_void_p]),
     "take_events": (ctypes.c_size_t, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]),
     "stats": (None, [ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_int]),
@@ -174,6 +176,7 @@ class NativeSim:
                                  f"{len(memory)} at {base:#x}")
         self.ports = ports
         self.memories = list(memories)
+        self._sleepers = sleepers(verilog)
         self._library = ctypes.CDLL(str(build_library(verilog, top=top, ports=ports, port_bits=port_bits, trace=trace,
                                                       log=log)))
         for name, (result, arguments) in _SIGNATURES.items():
@@ -281,6 +284,16 @@ class NativeSim:
         """Keep what the units do from now on, see ``events``. Raises ValueError for a top without event outputs."""
         if not self._library.sim_record(self._live(), on):
             raise ValueError("this top has no event outputs")
+
+    def sleepless(self, on: bool = True) -> None:
+        """Clock also what sleeps while nothing happens in it (`hw.top.Overlay`, ``sleeps``): slower, and the same."""
+        self._library.sim_sleepless(self._live(), on)
+
+    def clocks(self) -> dict[str, int]:
+        """Clocks that each part with a clock of its own has had since construction; {} for a top without such parts."""
+        counts = (ctypes.c_uint64 * len(self._sleepers))()
+        self._library.sim_clocks(self._live(), counts)
+        return dict(zip(self._sleepers, counts, strict=True))
 
     def events(self) -> np.ndarray:
         """What happened since ``record`` or the last call, as EVENT records in the order of time."""

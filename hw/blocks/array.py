@@ -18,7 +18,7 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from ..emission import place
-from ..formats import ACC_BITS, CODE_BITS, KV_BITS, KV_FRACTION
+from ..formats import ACC_BITS, CODE_BITS, KV_FRACTION
 from .dot import BIAS_BITS, DotPair, dot_latency, skew, word_bits
 from .dsp import W_C, XY_M, Z_ZERO, Dsp48e2
 from .mbuf import AlignedRow, sum_shape
@@ -164,13 +164,14 @@ class ColumnPair(wiring.Component):
         config, times = self.config, _times(self.config)
         scale, minimum, gap = self.scale[c][b], self.minimum[c][b], self.exponent_gap[b]
         scaled = Signal(signed(_SCALED_BITS), name=f"scaled{b}_{c}", reset_less=True)
-        amounts = []
+        generic, amounts = config.dsp == "generic", []
         for name, part in (("shift", scale), ("shift_minimum", minimum)):
             total = Signal(7, name=f"{name}_total{b}_{c}")
-            amount = Signal(6, name=f"{name}{b}_{c}", reset_less=True)
+            amount = Signal(7 if generic else 6, name=f"{name}{b}_{c}", reset_less=True)
             m.d.comb += total.eq(gap + part.shift)
-            amounts.append((amount, Mux(total[6], 63, total)))
-        if config.dsp == "generic":
+            # 63 places leave the sign alone, and so do more: a narrow shifter wants a limit, a simulator does not.
+            amounts.append((amount, total if generic else Mux(total[6], 63, total)))
+        if generic:
             lowest = Signal(signed(33), name=f"scaled_minimum{b}_{c}", reset_less=True)
             with m.If(self.scale_en):
                 m.d.sync += [
@@ -239,7 +240,8 @@ class PeArray(wiring.Component):
         self.config = config
         codes, keys, values = tile_beats(config)
         super().__init__({
-            "codes": In(8 * config.superbeat_bytes), "mantissas": In(KV_BITS * config.kv_step * config.beat_elements),
+            "codes": In(8 * config.superbeat_bytes),
+            "mantissas": In(word_bits(config.dsp) * config.kv_step * config.beat_elements),
             "load_codes": In(codes), "load_keys": In(keys), "load_values": In(values), "swap": In(1),
             "row_en": In(1), "row": In(AlignedRow(config)), "maximum": In(signed(9)), "control": In(RowControl(config)),
             "scale": In(Scale()).array(config.columns, config.blocks),
@@ -313,17 +315,17 @@ class PeArray(wiring.Component):
         """
         config = self.config
         lanes, columns, step, elements = config.lanes, config.columns, config.kv_step, config.beat_elements
-        shared = _shared_source(config)
+        shared, size = _shared_source(config), word_bits(config.dsp)
         # In lines that other tools can read: the codes of a column, the numbers of a token.
         codes = [self.codes.word_select(i, lanes * CODE_BITS) for i in range(columns // config.tile_beats)]
-        numbers = [self.mantissas.word_select(i, elements * KV_BITS) for i in range(step)]
+        numbers = [self.mantissas.word_select(i, elements * size) for i in range(step)]
         load_numbers = Signal((lanes // elements) * (columns // elements) if shared else len(self.load_keys))
         if shared:
             inner, outer, blocks = lanes // elements, columns // elements, step // elements
             keys, values, crosses = numbers, [], Signal()
             for at in range(0, step, elements):
                 block = numbers[at:at + elements]
-                values += [Cat(line.word_select(i, KV_BITS) for line in block) for i in range(elements)]
+                values += [Cat(line.word_select(i, size) for line in block) for i in range(elements)]
             if blocks == 2:
                 m.d.comb += crosses.eq(Cat(self.load_keys[1::2] if inner > 1 else (),
                                          self.load_values[1::2] if outer > 1 else ()).any())
@@ -368,14 +370,14 @@ class PeArray(wiring.Component):
                 inner, outer, at = lanes // elements, columns // elements, k % elements
                 if shared:
                     line = (n // elements + k // elements) % (step // elements) * elements + n % elements
-                    key = waits(age, 1, n // elements * inner + k // elements, line, at, KV_BITS)
+                    key = waits(age, 1, n // elements * inner + k // elements, line, at, size)
                 else:
-                    key = waits(age, 1, n // step * inner + k // elements, n % step, at, KV_BITS)
+                    key = waits(age, 1, n // step * inner + k // elements, n % step, at, size)
                 m.d.comb += [
                     pair.load[c][k].eq(in_use), pair.load_code[c][k].eq(code_in_use),
                     pair.code[c][k].eq(waits(age, 0, n // per_beat, n % per_beat, k, CODE_BITS)),
                     pair.key[c][k].eq(key.as_signed()),
                 ]
                 if not shared:
-                    value = waits(age, 1, k // step * outer + n // elements, k % step, n % elements, KV_BITS)
+                    value = waits(age, 1, k // step * outer + n // elements, k % step, n % elements, size)
                     m.d.comb += [pair.load_value[c][k].eq(value_in_use), pair.value[c][k].eq(value.as_signed())]

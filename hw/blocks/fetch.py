@@ -5,7 +5,7 @@ last line of a program may hold words that are not part of it, which are fetched
 requested up to `prefetch` ahead of the program counter: layers are unrolled into straight-line code.
 """
 
-from amaranth.hdl import Cat, Const, Module, Signal
+from amaranth.hdl import Cat, Const, Module, Mux, Signal
 from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -127,7 +127,6 @@ class Fetch(wiring.Component):
             m.d.sync += [
                 axi.arvalid.eq(1),
                 axi.araddr.eq(Cat(Const(0, line_bytes_log2), control.program[line_bytes_log2:] + fill)),
-                valid.bit_select(fill_slot, 1).eq(0), pending.bit_select(fill_slot, 1).eq(1),
             ]
         with m.Elif(axi.arready):
             m.d.sync += axi.arvalid.eq(0)
@@ -156,9 +155,17 @@ class Fetch(wiring.Component):
         with m.If(axi.rvalid):
             m.d.sync += [beat.eq(beat + 1), failed.eq(~finish & (failed | axi.rresp[1]))]
         with m.If(finish):
+            m.d.sync += first.eq(first + 1)
+        # The bits of a line that is requested or filled; both may happen at once, with different lines.
+        asked, came = Signal(self.lines), Signal(self.lines)
+        with m.If(request):
+            m.d.comb += asked.eq(Const(1, self.lines) << fill_slot)
+        with m.If(finish):
+            m.d.comb += came.eq(Const(1, self.lines) << filled)
+        with m.If(request | finish):
             m.d.sync += [
-                first.eq(first + 1), pending.bit_select(filled, 1).eq(0),
-                valid.bit_select(filled, 1).eq(~draining), bad.bit_select(filled, 1).eq(failed | axi.rresp[1]),
+                pending.eq((pending | asked) & ~came), valid.eq((valid & ~asked & ~came) | Mux(draining, 0, came)),
+                bad.eq(Mux(failed | axi.rresp[1], bad | came, bad & ~came)),
             ]
         with m.If(~control.enable):
             m.d.sync += valid.eq(0)

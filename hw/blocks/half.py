@@ -14,13 +14,14 @@ HALF_LARGEST = 0x7BFF
 
 
 def half_parts(bits):
-    """(sig, es) of a 16-bit FP16 value: combinational, signed(12) and unsigned(5); value = sig * 2^(es - 25).
+    """(sig, es) of a 16-bit FP16 value: combinational, signed(13) and unsigned(5); value = sig * 2^(es - 25).
 
     Exponent field 31 is an ordinary exponent.
     """
-    normal = bits[10:15].any()
-    magnitude = Cat(bits[:10], normal)
-    return Mux(bits[15], -magnitude, magnitude), Cat(bits[10] | ~normal, bits[11:15])
+    # Nothing that takes logic is used twice: a simulator then evaluates it with the register that takes it, if at all.
+    sign, field = bits[15], bits[10:15]
+    magnitude = Cat(bits[:10], field.any())
+    return (Cat(magnitude ^ sign.replicate(11), sign).as_signed() + sign, Cat(bits[10] | (field == 0), bits[11:15]))
 
 
 def half_parts_model(bits):

@@ -20,6 +20,7 @@ from amaranth.lib.wiring import In, Out
 
 from ..formats import KV_BITS
 from ..isa import KvFormat
+from .dot import word_bits
 from .kvintake import EXPONENT_BITS, TILE_NUMBERS, KvPort, KvRecord, KvShape
 from .trees import tree_sum
 
@@ -35,9 +36,12 @@ def KvRequest(config):
 
 
 def KvTile(config):
-    """Mantissas of `kv_step` tokens, index i*E + e: element e of the beat of token i; ``last`` ends the array tile."""
+    """Mantissas of `kv_step` tokens, index i*E + e: element e of the beat of token i; ``last`` ends the array tile.
+
+    They are as wide as the words of the array's dot products.
+    """
     elements = config.kv_step * config.beat_elements
-    return data.StructLayout({"data": data.ArrayLayout(signed(KV_BITS), elements), "last": 1})
+    return data.StructLayout({"data": data.ArrayLayout(signed(word_bits(config.dsp)), elements), "last": 1})
 
 
 class KvShift(wiring.Component):
@@ -49,14 +53,14 @@ class KvShift(wiring.Component):
     -------
     beat : In(16 per element); shared : In(5), the exponent; zero : In(1), the beat is beyond the head's end
     narrow : In(1), the elements are in ``high``, In(8 per element), and ``low``, In(4 per element), instead
-    en : In(2), register enables; o : Out(signed(KV_BITS)) per element, 2 cycles later
+    en : In(2), register enables; o : Out(signed(bits)) per element, KV_BITS of them in use, 2 cycles later
     """
 
-    def __init__(self, *, elements):
-        self._elements = elements
+    def __init__(self, *, elements, bits=KV_BITS):
+        self._elements, self._bits = elements, bits
         super().__init__({"beat": In(16 * elements), "shared": In(EXPONENT_BITS), "zero": In(1), "en": In(2),
                           "narrow": In(1), "high": In(8 * elements), "low": In(4 * elements),
-                          "o": Out(signed(KV_BITS)).array(elements)})
+                          "o": Out(signed(bits)).array(elements)})
 
     def elaborate(self, platform):
         m = Module()
@@ -75,12 +79,15 @@ class KvShift(wiring.Component):
                     # further is 0 as well
                     shift.eq(Mux(self.narrow, 0, Mux(distance > KV_BITS, KV_BITS, distance))),
                 ]
-            mantissa = Signal(signed(KV_BITS), name=f"mantissa{index}")
+            mantissa = Signal(signed(self._bits), name=f"mantissa{index}")
             m.d.comb += self.o[index].eq(mantissa)
-            # Rounding and sign in one addition: with x + 1 = -~x the mantissa is (x + 1) >> 1 or (~x + 1) >> 1.
-            shifted = Cat((significand << _BELOW + 1) >> shift, Const(0, 1)) ^ sign.replicate(KV_BITS + 1)
+            # Rounding and sign in one addition: with x + 1 = -~x the mantissa is (x + 1) >> 1 or (~x + 1) >> 1. It is
+            # made at the upper end of a word: shifting it down extends the sign without a second use of the sum.
+            below = max(self._bits - KV_BITS - 1, 0)
+            magnitude = Cat((significand << _BELOW + 1)[:KV_BITS] >> shift, Const(0, 1))
+            word = Cat(Const(0, below), magnitude ^ sign.replicate(KV_BITS + 1))
             with m.If(self.en[1]):
-                m.d.sync += mantissa.eq((shifted.as_signed() + 1) >> 1)
+                m.d.sync += mantissa.eq((word + (1 << below))[:len(word)].as_signed() >> below + 1)
         return m
 
 
@@ -310,7 +317,7 @@ class KvBuffer(wiring.Component):
                 m.d.sync += self.tile.payload.last.eq(c_last)
         mantissas = []
         for i, (beat, exponent) in enumerate(zip(beat_data, token_exponents)):
-            m.submodules[f"shift{i}"] = shift = KvShift(elements=config.beat_elements)
+            m.submodules[f"shift{i}"] = shift = KvShift(elements=config.beat_elements, bits=word_bits(config.dsp))
             if config.kv_narrow:
                 high, low = beat[:config.port_bits], beat[config.port_bits:]
                 beat = Mux(b_side.pick[0], low, high)  # of FP16

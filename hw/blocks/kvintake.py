@@ -57,7 +57,7 @@ def KvWrite(config):
     planes from the middle."""
     rows = config.tile_tokens // config.ports
     beats = 2 * config.kvbuf_heads * config.lanes // config.beat_elements
-    return data.StructLayout({"en": 1, "slot": 1, "row": range(rows), "beat": range(beats), "data": config.port_bits})
+    return data.StructLayout({"data": config.port_bits, "en": 1, "slot": 1, "row": range(rows), "beat": range(beats)})
 
 
 def KvExponent(config):

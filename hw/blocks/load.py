@@ -36,7 +36,7 @@ _RUNS_AHEAD = 16  #: runs a reader has before it, and records the KV buffer
 
 def AbufWrite(config):
     """One row for the activation buffer."""
-    return data.StructLayout({"addr": 16, "data": 32 * config.vector_lanes})
+    return data.StructLayout({"data": 32 * config.vector_lanes, "addr": 16})
 
 
 class _Kind(enum.Enum, shape=2):

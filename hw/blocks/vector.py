@@ -35,6 +35,7 @@ from ..isa import Destination, RowScale
 from .align import BlockAlign
 from .command import Command, fields
 from .compute import AccBeat
+from .flags import Flags
 from .fp import LARGEST, FpAdd, FpMul, FromInt, scale2, wire
 from .functions import Exp2, Recip, Rsqrt, Sigmoid
 from .half import ToFixed, ToHalf
@@ -73,6 +74,8 @@ class VectorUnit(wiring.Component):
     waiting : the running instruction waits for the stream; saturated : results of the array at the largest FP32
         number, and FP16 results clamped, in this cycle
     debug_row, debug_data : ABUF row for inspection while idle, one cycle later
+    stirs : something may change at the next edge but for `kvout_data`: not while an instruction waits for the stream
+        and nothing is under way (combinational)
     """
 
     def __init__(self, *, config):
@@ -82,7 +85,7 @@ class VectorUnit(wiring.Component):
         super().__init__({
             "cmd": In(stream.Signature(Command(config))), "done": Out(1), "busy": Out(1),
             "acc": In(stream.Signature(AccBeat(config))),
-            "load": In(stream.Signature(data.StructLayout({"addr": 16, "data": 32 * v}))),
+            "load": In(stream.Signature(data.StructLayout({"data": 32 * v, "addr": 16}))),
             "decided_attention": Out(config.tokens), "decided_mlp": Out(config.tokens),
             "write_en": Out(1), "write_row": Out(rows), "write_vector": Out(rows), "write_first": Out(1),
             "write_data": Out(AlignedRow(config)),
@@ -91,7 +94,7 @@ class VectorUnit(wiring.Component):
             "logits": Out(stream.Signature(32 * v)),
             "argmax": Out(32), "argmax_value": Out(32),
             "waiting": Out(1), "saturated": Out(range(2 * v + 1)),
-            "debug_row": In(range(config.abuf_rows)), "debug_data": Out(32 * v),
+            "debug_row": In(range(config.abuf_rows)), "debug_data": Out(32 * v), "stirs": Out(1),
         })
 
     def elaborate(self, platform):
@@ -163,7 +166,10 @@ class VectorUnit(wiring.Component):
         ]
         with m.If(issue & walk_issue.last):
             m.d.sync += issuing.eq(0)
-        idle = ~issuing & ~Cat(valid[1:]).any() & ~tail_busy
+        under_way = Cat(valid[1:], tail_busy).any()
+        idle = ~issuing & ~under_way
+        m.d.comb += self.stirs.eq(
+            ~running | issue | begin | idle | under_way | scalar_busy | self.load.valid | self.logits.valid)
         accept = self.cmd.valid & ~running
         fresh_argmax = Signal()
         m.d.comb += [self.cmd.ready.eq(accept & ~scalar_busy), start.eq(self.cmd.ready & self.cmd.valid)]
@@ -278,10 +284,10 @@ class VectorUnit(wiring.Component):
         m.submodules.minus_maximum = minus_maximum = Memory(shape=32, depth=states, init=[])
         m.submodules.alpha = alpha = Memory(shape=7, depth=states, init=[])
         m.submodules.total = total = Memory(shape=STATE_BITS, depth=states, init=[])
-        known = Signal(states)  # states written since VINIT: maximum
-        summed = Signal(states)  # states written since VINIT: total
-        with m.If(running & (opcode == _OP["vinit"])):
-            m.d.sync += [known.eq(0), summed.eq(0)]
+        # States written since VINIT.
+        m.submodules.known, m.submodules.summed = known, summed = Flags(count=states), Flags(count=states)
+        forget = running & (opcode == _OP["vinit"])
+        m.d.comb += [known.clear.eq(forget), summed.clear.eq(forget)]
 
         # ---- T7: what becomes the addend; T8..T11: add -------------------------------------------------------------
         adds = rotate | op["vadd"] | op["vmerge"] | op["vprob"]
@@ -349,12 +355,11 @@ class VectorUnit(wiring.Component):
         m.d.comb += [
             alpha_total.addr.eq(state), total_old.addr.eq(state), total_new.addr.eq(state),
             total_new.en.eq(valid[20] & op["vprob"]),
+            summed.index.eq(state), summed.set.eq(total_new.en),
             carried.eq(Mux(walk_total.beat == 0,
-                           Mux(summed.bit_select(state, 1), total_old.data >> alpha_total.data, 0), total_old.data)),
+                           Mux(summed.is_set, total_old.data >> alpha_total.data, 0), total_old.data)),
             total_value.eq(carried + prob_sum), total_new.data.eq(total_value),
         ]
-        with m.If(total_new.en):
-            m.d.sync += summed.bit_select(state, 1).eq(1)
 
         # ---- router scores, beside the squares: products at T13, terms at T15, decisions at T17 --------------------
         m.submodules.rbuf = rbuf = Memory(shape=data.ArrayLayout(data.ArrayLayout(16, 2), lanes),
@@ -454,11 +459,11 @@ class VectorUnit(wiring.Component):
         alpha_new, minus_new = alpha.write_port(), minus_maximum.write_port()
         old_maximum, new_maximum, step = Signal(signed(16)), Signal(signed(16)), Signal(signed(17))
         row_done = Signal()
-        is_known = known.bit_select(walk_max.state, 1)
         m.d.comb += [
+            known.index.eq(walk_max.state), known.set.eq(row_done),
             row_done.eq(at_maximum & walk_max.row_last),
             maximum_old.addr.eq(walk_max.state), maximum_new.addr.eq(walk_max.state), alpha_new.addr.eq(walk_max.state),
-            old_maximum.eq(Mux(is_known, maximum_old.data, MAXIMUM_INIT)),
+            old_maximum.eq(Mux(known.is_set, maximum_old.data, MAXIMUM_INIT)),
             new_maximum.eq(Mux(open_now & (best_now > old_maximum), best_now, old_maximum)),
             step.eq(new_maximum - old_maximum),
             maximum_new.en.eq(row_done), maximum_new.data.eq(new_maximum),
@@ -467,8 +472,6 @@ class VectorUnit(wiring.Component):
         ]
         with m.If(at_maximum):
             m.d.sync += [best.eq(best_now), best_open.eq(open_now)]
-        with m.If(row_done):
-            m.d.sync += known.bit_select(walk_max.state, 1).eq(1)
         m.submodules.minus_float = minus_float = FromInt(width=32)
         minus_valid = [Signal(name=f"minus_valid{i}") for i in range(FromInt.latency + 1)]
         minus_state = [Signal(range(states), name=f"minus_state{i}") for i in range(FromInt.latency + 1)]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cocotb.triggers import ClockCycles, RisingEdge, Timer
 from skipopu.hw.blocks.array import ColumnPair, PeArray, RowControl, Scale, tile_beats
-from skipopu.hw.blocks.dot import CASCADE
+from skipopu.hw.blocks.dot import CASCADE, word_bits
 from skipopu.hw.blocks.mbuf import AlignedRow, sum_shape
 from skipopu.hw.config import DSPS, OverlayConfig, preset
 from skipopu.sim.bench import bench, bench_parameters, cycle, pack, run_bench
@@ -70,7 +70,8 @@ def superbeats(config, tile):
     tokens = tile.codes if tile.kind == "keys" else tile.codes.T
     step, elements = config.kv_step, config.beat_elements
     lines = tokens.reshape(len(tokens) // step, step, -1, elements).transpose(0, 2, 1, 3)
-    return [sum((int(value) & 0x1FFF) << 13 * i for i, value in enumerate(line))
+    bits = word_bits(config.dsp)
+    return [sum((int(value) & (1 << bits) - 1) << bits * i for i, value in enumerate(line))
             for line in lines.reshape(-1, step * elements)]
 
 
@@ -91,7 +92,7 @@ class ArrayBench:
 
     def __init__(self, dut, rng):
         self.dut, self.rng, self.edge = dut, rng, RisingEdge(dut.clk)
-        self.config = OverlayConfig(**bench_parameters()) if bench_parameters() else TINY
+        self.config = OverlayConfig(**bench_parameters())
         self.acc = {}  # accumulator row -> int64 [columns]
         self.used = None  # tile of the row in the cycle before
         self.last_rows, self.done = [], []  # cycles
@@ -200,7 +201,7 @@ async def every_shift_floors(dut):
     """All 64 shifts of both terms, from the scale and from the exponent gap, for negative and positive dots."""
     rng = np.random.default_rng(3)
     machine = ArrayBench(dut, rng)
-    config = TINY
+    config = machine.config
     tile = make_tile(rng, config, "codes")
     tile.offset, tile.use_minimum = 1, 1
     await machine.use(tile)
@@ -221,7 +222,7 @@ async def banks_are_apart(dut):
     """Every accumulator row of both banks keeps its own value."""
     rng = np.random.default_rng(4)
     machine = ArrayBench(dut, rng)
-    config = TINY
+    config = machine.config
     tile = make_tile(rng, config, "keys")
     await machine.use(tile)
     for first in (1, 0, 0):
@@ -272,8 +273,9 @@ async def columns_sum_their_blocks(dut, seed):
 
 @pytest.mark.parametrize("dsp", DSPS)
 def test_array(dsp):
-    run_bench(PeArray(config=dataclasses.replace(TINY, dsp=dsp)), accumulates_exactly, every_shift_floors,
-              banks_are_apart)
+    config = dataclasses.replace(TINY, dsp=dsp)
+    run_bench(PeArray(config=config), accumulates_exactly, every_shift_floors, banks_are_apart,
+              parameters=dataclasses.asdict(config))
 
 
 @pytest.mark.parametrize("dsp", DSPS)

@@ -11,6 +11,7 @@ from commands import as_command
 from compute_model import Matmul, aligned_row
 from skipopu.hw.blocks.command import Command
 from skipopu.hw.blocks.compute import AccBeat, ComputeUnit, KvRequest
+from skipopu.hw.blocks.dot import word_bits
 from skipopu.hw.config import OverlayConfig, preset
 from skipopu.hw.isa import MatmulMode
 from skipopu.sim.bench import Stall, StreamSink, StreamSource, bench, bench_parameters, cycle, run_bench
@@ -77,9 +78,10 @@ class ComputeBench:
             want, beats = self.answers.popleft()
             got = tuple(request[name] for name in ("slot", "value", "head", "n", "k"))
             assert got == want, f"the KV buffer is asked for {got}, expected {want}"
+            bits = word_bits(self.config.dsp)
             for i, beat in enumerate(beats):
-                data = sum((value & 0x1FFF) << 13 * j for j, value in enumerate(beat))
-                self.tiles.send([data | int(i == len(beats) - 1) << 13 * len(beat)])
+                data = sum((value & (1 << bits) - 1) << bits * j for j, value in enumerate(beat))
+                self.tiles.send([data | int(i == len(beats) - 1) << bits * len(beat)])
 
     def make(self, rng, mode, **fixed):
         """A Matmul with random geometry and operands, its rows in a part of MBUF of its own."""
