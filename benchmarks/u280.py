@@ -30,6 +30,7 @@ from skipopu.host.performance.fit import CORE_MHZ, resized
 from skipopu.host.performance.geometries import GEOMETRIES, find_geometry
 from skipopu.host.performance.history import KvHistory
 from skipopu.host.performance.memory import HbmMemory, memory_model
+from skipopu.host.plan import KV_FORMATS, KvSizes
 from skipopu.host.routes import RandomRoutes, forced_routes, words_of_routes
 from skipopu.host.runtime import Accelerator
 from skipopu.hw.config import PRESETS, ConfigError, OverlayConfig, preset
@@ -53,6 +54,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--skip", type=float, nargs="+", default=[0.25, 0.0], help="shares of the modules that tokens "
                                                                                    "skip, with KV reuse if not 0")
     parser.add_argument("--weights", default="q4_0", help="kind: q4_0, q4_g64 or q4_g128 (default: %(default)s)")
+    parser.add_argument("--kv-format", default="fp16", choices=KV_FORMATS, help="of KV records (default: fp16)")
+    parser.add_argument("--buffer", type=int, help="bytes of the history buffer (default: all of it)")
     parser.add_argument("--check", action="store_true", help="compare logits and KV records with the functional level")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="for the memory images (default: a temporary one)")
@@ -208,7 +211,7 @@ def measure(model: ModelConfig, config: OverlayConfig, skip: float, options: arg
     tokens = np.random.default_rng(options.seed).integers(0, model.vocab, longest).tolist()
     begin = time.perf_counter()
     image = random_image(model, config, longest, folder, kv=kv, kind=options.weights, seed=options.seed,
-                         tokens=tokens)
+                         tokens=tokens, sizes=KvSizes(format=options.kv_format, buffer=options.buffer))
     size = sum(path.stat().st_size for path in image.files)
     print(f"  {size / 1e9:.2f} GB of memory image in {time.perf_counter() - begin:.0f} s, chunks of "
           f"{image.compiled.map.chunk} tokens", flush=True)
@@ -233,8 +236,8 @@ def main() -> int:
     options = arguments()
     config, whole = configuration(options.config), find_geometry(options.geometry)
     model = replace(whole, layers=options.layers or whole.layers)
-    print(f"{model.name}, {model.layers} of {whole.layers} layers, configuration {config.name}; {machine()}",
-          flush=True)
+    print(f"{model.name}, {model.layers} of {whole.layers} layers, {options.weights}, KV {options.kv_format}, "
+          f"configuration {config.name}; {machine()}", flush=True)
     lines: list[Line] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for skip in options.skip:

@@ -21,9 +21,10 @@ from skipopu.host.image import rope_table
 from skipopu.host.layout import ceil_div, pack_rows, pad_to
 from skipopu.host.model import ModelConfig, rope_inv_freq
 from skipopu.host.performance.outline import Outline, outline
+from skipopu.host.plan import KvSizes
 from skipopu.host.program import WORD_BYTES, Builder, Program
 from skipopu.hw.config import OverlayConfig
-from skipopu.hw.isa import MatmulMode, Register, Resource, RowList, decode
+from skipopu.hw.isa import KvFormat, MatmulMode, Register, Resource, RowList, decode
 
 from .operands import scale_places
 from .random_model import GAIN
@@ -61,15 +62,16 @@ class RandomImage:
 
 
 def random_image(model: ModelConfig, config: OverlayConfig, context: int, folder: Path, *, kv: str = "",
-                 kind: str = "q4_0", seed: int = 1, tokens: Sequence[int] = ()) -> RandomImage:
+                 kind: str = "q4_0", seed: int = 1, tokens: Sequence[int] = (),
+                 sizes: KvSizes | None = None) -> RandomImage:
     """Write the image of a random model into ``folder``, which must exist.
 
     kv : KV mode of a program with routers, whose routes have to be forced, "" without; kind : of the weights, 4-bit
-    codes without minima; tokens : that will be read, the embedding of others is 0
+    codes without minima; tokens : that will be read, the embedding of others is 0; sizes : of KV records
     The same arguments give the same bytes.
     Raises RequestError if the disk is too small, CapacityError and CompileError as the compiler does.
     """
-    found = outline(model, config, context, kv=kv, kind=kind, exponent=_exponent)
+    found = outline(model, config, context, kv=kv, kind=kind, exponent=_exponent, sizes=sizes)
     plan, beat = found.plan, config.port_bits // 8
     history = _storing(found) if kv == "reuse" else None
     at = pad_to(found.memory, config.burst_beats)
@@ -142,6 +144,8 @@ def _fill(found: Outline, memory: np.ndarray, rng: np.random.Generator) -> None:
     for name, (address, size) in found.regions.items():
         if name.split(".")[0] == "kv":
             some = rng.standard_normal(65521).astype(np.float16).view(np.uint8)  # a prime: beats differ
+            if found.plan.kv_format != KvFormat.FP16:
+                some &= 31  # any of them can be an exponent
             memory[address:address + size] = np.resize(some, size * memory.shape[1]).reshape(size, -1)
 
 
