@@ -155,7 +155,9 @@ def _synthesise(files, multipliers, say):
     soft = soft_multipliers(prepared.read_text(), multipliers)
     hide = [f"chtype -set $__soft_mul c:{cell}" for cell in soft]
     run_yosys([f"read_rtlil {prepared}", f"{_SYNTH} -run begin:coarse", *hide,
-               *(f"{_SYNTH} -run {begin}:{end}" for begin, end in zip(_STAGES, [*_STAGES[1:], ""])),
+               f"{_SYNTH} -run {_STAGES[0]}:{_STAGES[1]}",
+               "maccmap -unmap",  # sums of several numbers as carry chains, not as trees of LUTs in front of one
+               *(f"{_SYNTH} -run {begin}:{end}" for begin, end in zip(_STAGES[1:], [*_STAGES[2:], ""])),
                f"write_json {files['.netlist']}"], name="the board",
               log=lambda command: None if command.startswith("chtype") else note(command))
     prepared.unlink()

@@ -176,9 +176,9 @@ PRESETS = {
             outstanding=32, cache_words=512, dsp="dsp48e2",
         ),
         OverlayConfig(
-            name="ulx3s", lanes=4, columns=8, ports=2, port_bits=64, vector_lanes=2, tokens=2, acc_rows=8,
-            abuf_rows=1024, mbuf_rows=256, kvbuf_heads=16, router_rows=256, history_tokens=256, history_layers=16,
-            buffer_beats=0, kvout_rows=256, state_rows=16, fifo_beats=16, burst_beats=8, outstanding=4, queue_depth=4,
+            name="ulx3s", lanes=4, columns=8, ports=2, port_bits=64, vector_lanes=2, tokens=1, acc_rows=4,
+            abuf_rows=512, mbuf_rows=128, kvbuf_heads=8, router_rows=256, history_tokens=256, history_layers=16,
+            buffer_beats=0, kvout_rows=256, state_rows=8, fifo_beats=16, burst_beats=8, outstanding=4, queue_depth=2,
             cache_words=64, dsp="mult18x18d", kv_narrow=False,
         ),
     ]

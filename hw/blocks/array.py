@@ -18,7 +18,7 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from ..emission import place
-from ..formats import ACC_BITS, CODE_BITS, KV_FRACTION
+from ..formats import ACC_BITS, CODE_BITS, KV_FRACTION, MANTISSA_BITS
 from .dot import BIAS_BITS, DotPair, dot_latency, skew, word_bits
 from .dsp import W_C, XY_M, Z_ZERO, Dsp48e2
 from .mbuf import AlignedRow, sum_shape
@@ -28,6 +28,7 @@ __all__ = ["ColumnPair", "PeArray", "RowControl", "Scale", "tile_beats"]
 
 _SIGNIFICAND_BITS = 13
 _SCALED_BITS = 38
+_MULTIPLIER_BITS = 18  # of an operand
 
 
 def Scale():
@@ -59,9 +60,14 @@ def tile_beats(config):
 
 def _times(config):
     """When things happen, in cycles after a row enters."""
-    if config.dsp == "generic":
-        return SimpleNamespace(row=0, scaled=2, shifted=2, added=3)
-    return SimpleNamespace(row=1, scaled=11, shifted=12, added=13)
+    if _stepwise(config):
+        return SimpleNamespace(row=1, scaled=11, shifted=12, added=13)
+    return SimpleNamespace(row=0, scaled=2, shifted=2, added=3)
+
+
+def _stepwise(config):
+    """Whether the stages run in every cycle, a register behind each step; else they wait for a row, a register each."""
+    return config.dsp == "dsp48e2"
 
 
 def _delay(m, value, cycles, name, reset_less=True):
@@ -86,16 +92,15 @@ class ColumnPair(wiring.Component):
     sum : of a block's mantissas, or 0 where no minimum is added, when the dot products are ready
     acc_en, acc_row, acc_first : when the contribution is ready; drain_row, drain : any row of a bank in which the one
         that accumulates is the first or there is none, combinational
-    dot_en, scale_en, shift_en : only with "generic", which does nothing without a row
+    dot_en, scale_en, shift_en : not with "dsp48e2": nothing moves without a row
     """
 
     def __init__(self, *, config):
         self.config = config
         lanes, blocks, acc_row = config.lanes, config.blocks, range(2 * config.acc_rows)
-        generic = config.dsp == "generic"
         word = signed(word_bits(config.dsp))
         members = {
-            "mantissa": In(signed(32 if generic else 16)).array(lanes), "code": In(CODE_BITS).array(2, lanes),
+            "mantissa": In(signed(32 if config.dsp == "generic" else 16)).array(lanes), "code": In(CODE_BITS).array(2, lanes),
             **{name: In(word).array(2, lanes) for name in (("key",) if _shared_source(config) else ("key", "value"))},
             "load": In(1).array(2, lanes), "load_code": In(1).array(2, lanes),
             "bias": In(signed(BIAS_BITS)).array(blocks),
@@ -106,7 +111,7 @@ class ColumnPair(wiring.Component):
         }
         if not _shared_source(config):
             members["load_value"] = In(1).array(2, lanes)
-        if generic:
+        if not _stepwise(config):
             members |= {"dot_en": In(1), "scale_en": In(1), "shift_en": In(1)}
         super().__init__(members)
 
@@ -122,13 +127,13 @@ class ColumnPair(wiring.Component):
             for k in range(config.block):
                 m.d.comb += [dot.mantissa[k].eq(self.mantissa[first + k]),
                              *(dot.word[c][k].eq(words[c][first + k]) for c in range(2))]
-            if config.dsp == "generic":
+            if not _stepwise(config):
                 m.d.comb += dot.en.eq(self.dot_en)
             for c in range(2):
                 terms[c] += self._scaled(m, dot.dot[c], b, c)
         for c in range(2):
             contribution = Signal(signed(ACC_BITS), name=f"contribution{c}", reset_less=True)
-            if config.dsp == "generic":
+            if not _stepwise(config):
                 with m.If(self.shift_en):
                     m.d.sync += contribution.eq(tree_sum(value >> amount for value, amount in terms[c]))
             else:
@@ -171,11 +176,11 @@ class ColumnPair(wiring.Component):
             m.d.comb += total.eq(gap + part.shift)
             # 63 places leave the sign alone, and so do more: a narrow shifter wants a limit, a simulator does not.
             amounts.append((amount, total if generic else Mux(total[6], 63, total)))
-        if generic:
+        if not _stepwise(config):
             lowest = Signal(signed(33), name=f"scaled_minimum{b}_{c}", reset_less=True)
             with m.If(self.scale_en):
                 m.d.sync += [
-                    scaled.eq((dot << KV_FRACTION) + dot * scale.significand),
+                    scaled.eq((dot << KV_FRACTION) + self._product(dot, scale.significand)),
                     lowest.eq(self.sum[b] * minimum.significand),
                     *(amount.eq(total) for amount, total in amounts),
                 ]
@@ -185,17 +190,21 @@ class ColumnPair(wiring.Component):
         significand, significand_minimum = (
             _delay(m, part.significand, wait - 1, f"significand{number}_{b}_{c}")
             for number, part in enumerate((scale, minimum)))
-        if config.dsp == "dsp48e2":
-            # The product takes 27 bits of the dot product: enough for codes, and keys and values have significand 0.
-            m.submodules[f"scale{b}_{c}"] = dsp = Dsp48e2(
-                opmode=XY_M | W_C | Z_ZERO, registers={"a": 0, "d": 0, "ad": 0, "b": 0})
-            m.d.comb += [dsp.a.eq(dot), dsp.b.eq(significand), dsp.c.eq(dot << KV_FRACTION), scaled.eq(dsp.p)]
-        else:
-            product = _delay(m, dot[:25].as_signed() * significand, 1, f"product{b}_{c}")
-            m.d.sync += scaled.eq(product + _delay(m, dot << KV_FRACTION, 1, f"dot{b}_{c}"))
+        # The product takes 27 bits of the dot product: enough for codes, and keys and values have significand 0.
+        m.submodules[f"scale{b}_{c}"] = dsp = Dsp48e2(
+            opmode=XY_M | W_C | Z_ZERO, registers={"a": 0, "d": 0, "ad": 0, "b": 0})
+        m.d.comb += [dsp.a.eq(dot), dsp.b.eq(significand), dsp.c.eq(dot << KV_FRACTION), scaled.eq(dsp.p)]
         lowest = _delay(m, self.sum[b] * significand_minimum, 2, f"minimum{b}_{c}")
         return [(value, _delay(m, amount, times.scaled - 2, f"amount{number}_{b}_{c}"))
                 for number, (value, (amount, _)) in enumerate(zip((scaled, lowest), amounts))]
+
+    def _product(self, dot, significand):
+        """dot * significand; keys and values have significand 0, so that the bits of a sum of codes are enough."""
+        if self.config.dsp == "generic":
+            return dot * significand
+        bits = MANTISSA_BITS + CODE_BITS + (self.config.block - 1).bit_length()
+        low = min(bits, _MULTIPLIER_BITS) - 1  # the rest, a few bits, needs no multiplier of its own
+        return dot[:low] * significand + ((dot[low:bits].as_signed() * significand) << low)
 
     def _accumulate(self, m, c, contribution):
         """Two memories of one port each way: what is added to leaves the other one to drain."""
@@ -253,12 +262,12 @@ class PeArray(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         config, times = self.config, _times(self.config)
-        generic = config.dsp == "generic"
+        stepwise = _stepwise(config)
         pairs = [place(m, platform, f"pair{i}", lambda: ColumnPair(config=config), module="column_pair")
                  for i in range(config.columns // 2)]
         self._load(m, pairs)
 
-        # The row and its control at each stage. Only the generic stages wait for a row: a simulator skips them.
+        # The row and its control at each stage. Stages that wait for a row are skipped by a simulator.
         enables = [self.row_en]
         for age in range(1, self.latency):
             enables.append(_delay(m, enables[-1], 1, f"row_en_{age}", reset_less=False))
@@ -266,7 +275,7 @@ class PeArray(wiring.Component):
         def at(value, cycles, name):
             for age in range(cycles):
                 later = Signal.like(value, name=f"{name}_{age + 1}", reset_less=True)
-                with m.If(enables[age] if generic else 1):
+                with m.If(1 if stepwise else enables[age]):
                     m.d.sync += later.eq(value)
                 value = later
             return value
@@ -301,7 +310,7 @@ class PeArray(wiring.Component):
                 for b in range(config.blocks):
                     m.d.comb += [pair.scale[c][b].eq(self.scale[2 * i + c][b]),
                                  pair.minimum[c][b].eq(self.minimum[2 * i + c][b])]
-            if generic:
+            if not stepwise:
                 m.d.comb += [pair.dot_en.eq(enables[0]), pair.scale_en.eq(enables[1]), pair.shift_en.eq(enables[2])]
         return m
 

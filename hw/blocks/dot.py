@@ -20,7 +20,7 @@ adds it through its C port, another one adds 2^28, so that the lower field is ne
 Exact for all that alignment makes (`docs/numerics.md`): |m| <= 16383 with |k| <= 4094, |m| <= 32767 with codes. The
 lanes of a cascade enter one cycle after each other (`skew`); then the sums of the cascades are added.
 
-MULT18X18D: one product per multiplier and adders behind. Generic: all in one expression, which a simulator likes.
+MULT18X18D, generic: all in one expression. Boards with the first are slow enough for it; a simulator likes it.
 """
 
 from amaranth.hdl import C, Cat, Module, Signal, signed
@@ -58,7 +58,7 @@ def word_bits(dsp):
 
 def dot_latency(dsp):
     """Cycles from the operands of lane 0 to the dot products."""
-    return 1 if dsp == "generic" else _PIPELINED
+    return _PIPELINED if dsp == "dsp48e2" else 1
 
 
 class DotPair(wiring.Component):
@@ -66,7 +66,7 @@ class DotPair(wiring.Component):
 
     Members
     -------
-    en : only with "generic": mantissas are valid
+    en : not with "dsp48e2": mantissas are valid
     mantissa, word : per lane, and per column and lane, `skew` cycles after those of lane 0; mantissas are of
         ATTENTION_BITS unless all words are 0..15
     bias : added to both; not 0 only while all words are 0..15
@@ -92,7 +92,7 @@ class DotPair(wiring.Component):
         members = {"mantissa": In(signed(max(bits, MANTISSA_BITS))).array(lanes),
                    "word": In(signed(bits)).array(2, lanes), "bias": In(signed(BIAS_BITS)),
                    "dot": Out(signed(DOT_BITS)).array(2)}
-        super().__init__(({"en": In(1)} if dsp == "generic" else {}) | members)
+        super().__init__(({} if dsp == "dsp48e2" else {"en": In(1)}) | members)
 
     def elaborate(self, platform):
         m = Module()
@@ -113,13 +113,10 @@ class DotPair(wiring.Component):
 
     def _products(self, m):
         for column in range(2):
-            values = [a * b for a, b in zip(self.mantissa, self.word[column])]
-            for stage in range(1, _PIPELINED):
-                if stage > 2 and len(values) > 1:
-                    values = [tree_sum(values[i:i + 2]) for i in range(0, len(values), 2)]
-                values = [_register(m, value, f"stage{stage}_{column}_{i}") for i, value in enumerate(values)]
-            bias = _delay(m, self.bias, _PIPELINED - 1, f"bias{column}")
-            m.d.comb += self.dot[column].eq(_register(m, (values[0] + bias)[:DOT_BITS].as_signed(), f"dot{column}"))
+            dot = Signal(signed(DOT_BITS), name=f"total{column}", reset_less=True)
+            with m.If(self.en):
+                m.d.sync += dot.eq(tree_sum(a * b for a, b in zip(self.mantissa, self.word[column])) + self.bias)
+            m.d.comb += self.dot[column].eq(dot)
 
     def _cascades(self, m):
         results = [self._cascade(m, first) for first in range(0, self.lanes, CASCADE)]

@@ -118,11 +118,14 @@ class FpMul(wiring.Component):
     a, b : In(32), FP32 bits
     en : In(latency), register enables
     o : Out(32), FP32 bits
+
+    b_bits : of the significand of b, the rest of which is zero
     """
 
     latency = 2
 
-    def __init__(self):
+    def __init__(self, *, b_bits=24):
+        self._b_bits = b_bits
         super().__init__({"a": In(32), "b": In(32), "en": In(self.latency), "o": Out(32)})
 
     @staticmethod
@@ -140,12 +143,14 @@ class FpMul(wiring.Component):
         result = Signal(32, reset_less=True)
         m.d.comb += self.o.eq(result)
 
-        # 1: multiply the significands; a zero operand makes the product zero through one of its factors
-        a, b = (Cat(x[:23], x[23:31].any()) for x in (self.a, self.b))
+        # 1: multiply the significands; a zero operand makes the product zero through the exponent
+        rest = 24 - self._b_bits
+        a, b = Cat(self.a[:23], Const(1, 1)), Cat(self.b[rest:23], Const(1, 1))
+        both = self.a[23:31].any() & self.b[23:31].any()
         with m.If(self.en[0]):
             m.d.sync += [
-                product.eq(Mux(b[23], a, 0) * Mux(a[23], b, 0)),
-                exponent.eq(self.a[23:31] + self.b[23:31] + (512 - 127)),
+                product.eq((a * b) << rest),
+                exponent.eq(Mux(both, self.a[23:31] + self.b[23:31] + (512 - 127), 0)),
                 sign.eq(self.a[31] ^ self.b[31]),
             ]
 

@@ -57,7 +57,7 @@ class RouterScores(wiring.Component):
         at_fixed, at_sum = FpMul.latency, FpMul.latency + ToFixed.latency
         terms = []
         for i in range(config.vector_lanes):
-            m.submodules[f"mul{i}"] = mul = FpMul()
+            m.submodules[f"mul{i}"] = mul = FpMul(b_bits=11)
             m.submodules[f"fixed{i}"] = fixed = ToFixed(fraction=SUM_FRACTION, limit=_LIMIT)
             m.d.comb += [
                 mul.a.eq(self.v[i]), mul.b.eq(widen(self.weight[i])), mul.en.eq(self.en[:at_fixed]),

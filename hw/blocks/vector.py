@@ -271,8 +271,12 @@ class VectorUnit(wiring.Component):
         swapped = [t[i ^ 1] for i in range(lanes)]
         pair_en = [(valid[_T + i] & rotate) | paired[i] for i in range(2)]
         gated = op["vswiglu"]
-        first = lanes_of(FpMul, "mul_first", pair_en, a=[Mux(gated, g, v) for g, v in zip(gate, t)],
-                         b=[Mux(gated, _MINUS_LOG2E, c) for c in table])
+        # Norms, which neither rotate nor gate, square with the first ones.
+        norms = op["vnorm"] | op["vadd"]
+        v = [Signal(32, name=f"v{i}") for i in range(lanes)]
+        first = lanes_of(FpMul, "mul_first", [Mux(norms, valid[_V + i], en) for i, en in enumerate(pair_en)],
+                         a=[Mux(norms, value, Mux(gated, g, o)) for value, g, o in zip(v, gate, t)],
+                         b=[Mux(norms, value, Mux(gated, _MINUS_LOG2E, c)) for value, c in zip(v, table)])
         second = lanes_of(FpMul, "mul_second", pair_en, a=[Mux(gated, g, s) for g, s in zip(gate, swapped)],
                           b=[Mux(gated, v, s) for v, s in zip(t, x)])
         straight_en = from_stream & ~rotate & ~gated | op["vnorm"] | op["vprob"]
@@ -307,10 +311,9 @@ class VectorUnit(wiring.Component):
         bypass = straight
         for i in range(FpAdd.latency):
             bypass = hold(bypass, valid[_SUM + i] & passes, f"v{_SUM + 1 + i}_")
-        v = [wire(m, Mux(adds, unit.o, value), f"v{i}") for i, (unit, value) in enumerate(zip(added, bypass))]
+        m.d.comb += [out.eq(Mux(adds, unit.o, value)) for out, unit, value in zip(v, added, bypass)]
 
         # ---- T11..T13: gain, squares; T11..T17: exp2; T8..T20: sigmoid, with the same exp2 -------------------------
-        norms = op["vnorm"] | op["vadd"]
         exp_en = [Mux(gated, paired[2 + i], valid[_V + i] & op["vprob"]) for i in range(Exp2.latency)]
         exp = lanes_of(Exp2, "exp2", exp_en,
                        a=[Mux(gated, Sigmoid.argument(unit.o), value) for unit, value in zip(first, v)])
@@ -323,9 +326,8 @@ class VectorUnit(wiring.Component):
         gain_en = [Mux(gated, paired[_GATED - 2 - _T + i], valid[_V + i] & norms) for i in range(2)]
         gained = lanes_of(FpMul, "mul_gain", gain_en, a=[Mux(gated, p, value) for p, value in zip(product, v)],
                           b=[Mux(gated, s.o, g) for s, g in zip(sigmoid, table)])
-        squares = lanes_of(FpMul, "square", [valid[_V + i] & norms for i in range(2)], a=v, b=v)
         terms = lanes_of(lambda: ToFixed(fraction=SUM_FRACTION, limit=_TERM_LIMIT), "square_fixed",
-                         [valid[_GAIN + i] & norms for i in range(2)], a=[unit.o for unit in squares])
+                         [valid[_GAIN + i] & norms for i in range(2)], a=[unit.o for unit in first])
         prob = [unit.o for unit in exp]
         prob_terms = lanes_of(lambda: ToFixed(fraction=PROB_FRACTION, limit=PROB_FRACTION), "prob_fixed",
                               [valid[_PROB + i] & op["vprob"] for i in range(2)], a=prob)
