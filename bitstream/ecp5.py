@@ -28,6 +28,9 @@ _SYNTH = "synth_ecp5 -top top -nowidelut"
 # Meant to end placement and routing sooner; nobody has compared them with the defaults on the whole overlay.
 _PLACE = ("--placer-heap-alpha", "0.2", "--placer-heap-no-ctrl-set", "--router", "router2")
 _STAGES = ("coarse", "map_ram", "map_ffram", "map_gates", "map_ffs", "map_luts", "map_cells", "check")
+# After the first of them: tables in block RAM, however small, and sums of several numbers as carry chains, not as trees
+# of LUTs in front of one.
+_BETWEEN = ('setattr -set ram_style "block" t:$mem_v2 r:WR_PORTS=0 %i r:RD_CLK_ENABLE=1'1 %i', "maccmap -unmap")
 _RESOURCES = {"TRELLIS_COMB": "LUT4", "TRELLIS_FF": "FF", "MULT18X18D": "MULT18X18D", "DP16KD": "EBR"}
 _MULTIPLIER_BITS = 18
 _NARROW = 8  #: bits of an operand
@@ -156,7 +159,7 @@ def _synthesise(files, multipliers, say):
     hide = [f"chtype -set $__soft_mul c:{cell}" for cell in soft]
     run_yosys([f"read_rtlil {prepared}", f"{_SYNTH} -run begin:coarse", *hide,
                f"{_SYNTH} -run {_STAGES[0]}:{_STAGES[1]}",
-               "maccmap -unmap",  # sums of several numbers as carry chains, not as trees of LUTs in front of one
+               *_BETWEEN,
                *(f"{_SYNTH} -run {begin}:{end}" for begin, end in zip(_STAGES[1:], [*_STAGES[2:], ""])),
                f"write_json {files['.netlist']}"], name="the board",
               log=lambda command: None if command.startswith("chtype") else note(command))

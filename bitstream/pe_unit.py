@@ -50,7 +50,7 @@ class PeUnit(wiring.Component):
         for b in range(blocks):
             m.submodules[f"dot{b}"] = dot = DotPair(lanes=self.block, dsp=self.dsp)
             dots.append(dot)
-            if self.dsp == "generic":
+            if self.dsp != "dsp48e2":
                 m.d.comb += dot.en.eq(1)
             for k in range(self.block):
                 m.d.comb += [dot.mantissa[k].eq(self.mantissa[b * self.block + k]),

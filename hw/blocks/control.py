@@ -120,8 +120,7 @@ class Control(wiring.Component):
         slot_free, push = Signal(), Signal(_UNITS)
         queues = [IssueQueue(config=self.config) for _ in range(_UNITS)]
         # No unit but the load unit has more outstanding commands than its queue and the registers around it hold.
-        windows = [HazardWindow(size=self.window if unit == isa.Unit.LOAD else min(self.window,
-                                                                                   2 * self.config.queue_depth))
+        windows = [HazardWindow(size=min(self.window, (4 if unit == isa.Unit.LOAD else 2) * self.config.queue_depth))
                    for unit in range(_UNITS)]
         full = Cat(window.full for window in windows)
         m.d.comb += [

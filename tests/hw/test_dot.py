@@ -17,7 +17,7 @@ def check(dsp, rows):
     dut, latency = DotPair(lanes=lanes, dsp=dsp), dot_latency(dsp)
 
     async def bench(context):
-        if dsp == "generic":
+        if dsp != "dsp48e2":
             context.set(dut.en, 1)
         for cycle in range(len(rows) + latency):
             for lane in range(lanes):
