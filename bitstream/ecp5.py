@@ -30,7 +30,7 @@ _PLACE = ("--placer-heap-alpha", "0.2", "--placer-heap-no-ctrl-set", "--router",
 _STAGES = ("coarse", "map_ram", "map_ffram", "map_gates", "map_ffs", "map_luts", "map_cells", "check")
 # After the first of them: tables in block RAM, however small, and sums of several numbers as carry chains, not as trees
 # of LUTs in front of one.
-_BETWEEN = ('setattr -set ram_style "block" t:$mem_v2 r:WR_PORTS=0 %i r:RD_CLK_ENABLE=1'1 %i', "maccmap -unmap")
+_BETWEEN = ("setattr -set ram_style \"block\" t:$mem_v2 r:WR_PORTS=0 %i r:RD_CLK_ENABLE=1'1 %i", "maccmap -unmap")
 _RESOURCES = {"TRELLIS_COMB": "LUT4", "TRELLIS_FF": "FF", "MULT18X18D": "MULT18X18D", "DP16KD": "EBR"}
 _MULTIPLIER_BITS = 18
 _NARROW = 8  #: bits of an operand
