@@ -241,10 +241,11 @@ class ComputeUnit(wiring.Component):
         slot = Mux(mode == MatmulMode.PV, slots[MatmulMode.PV], slots[MatmulMode.QK])
 
         # Sequencer (S0).
-        # Counted from 1, so that the last of a loop is found without a subtraction: heads, column tiles, tiles, groups.
-        h, n, tile, g = Signal(8), Signal(14), Signal(12), Signal(8)
+        # The tile after this one, so that registers know of a tile what it is the last of. Counted from 1, as groups are,
+        # so that an end is found without a subtraction.
+        h, n, tile, after_plane, fresh = Signal(8), Signal(14), Signal(12), Signal(), Signal()
         k, plane = Signal(12), Signal()
-        left = Signal(config.tokens)  # rows of this g from the current one on
+        g, left = Signal(8), Signal(config.tokens)  # left: rows of this g from the current one on
         vector, vector_g, vector_h = Signal(16), Signal(16), Signal(16)
         left_next, base_next, stride_next = Signal.like(left), Signal(16), Signal.like(f.row_stride)
         _, rest = lowest(m, left, "row")
@@ -259,16 +260,16 @@ class ComputeUnit(wiring.Component):
             return Cat(row[:-1], row[-1] | (bank[1] & halves), bank[0])
 
         swap, last_tile, fed = Signal(), Signal(), Signal()  # fed: nothing of the MATMUL is left to load
-        last_t, last_g, last_k, last_n, last_h = Signal(), Signal(), Signal(), Signal(), Signal()
+        last_t, last_g, last_k, last_n = Signal(), Signal(), Signal(), Signal()
         first_t, last_row, first_row, last_of_all = Signal(), Signal(), Signal(), Signal()
-        last_plane = (mode != MatmulMode.W8) | plane
+        last_plane, after_last_plane = (mode != MatmulMode.W8) | plane, (mode != MatmulMode.W8) | after_plane
+        after_k, after_n = (tile == f.k_tiles) & after_last_plane, n == f.n_tiles
         started, drained = Signal(), Signal()
         in_flight, most_in_flight = Signal(3), Signal(3)
         m.d.comb += [
-            last_t.eq(rest == 0), last_g.eq(g == f.groups), last_k.eq((tile == f.k_tiles) & last_plane),
-            last_n.eq(n == f.n_tiles), last_h.eq(h == f.heads),
+            last_t.eq(rest == 0), last_g.eq(g == f.groups),
             last_row.eq(last_t & last_g), first_row.eq(first_t & (g == 1)),
-            last_tile.eq(last_k & last_n & last_h), last_of_all.eq(last_row & last_tile),
+            last_of_all.eq(last_row & last_tile),
             tile_ready.eq(full | ~first_row), swap.eq(issue & first_row),
             banks_free.eq((in_flight < most_in_flight) | ~(first_row & (k == 0) & ~plane)),
             issue.eq(running & tile_ready & banks_free),
@@ -291,11 +292,21 @@ class ComputeUnit(wiring.Component):
             with m.If(last_row):
                 m.d.sync += [g.eq(1), acc_row.eq(0), plane.eq(~last_plane)]
                 with m.If(last_plane):
-                    m.d.sync += [k.eq(k + 1), tile.eq(tile + 1)]
+                    m.d.sync += k.eq(k + 1)
                 with m.If(last_k):
-                    m.d.sync += [k.eq(0), tile.eq(1), n.eq(n + 1), bank.eq(bank + 1)]
+                    m.d.sync += [k.eq(0), bank.eq(bank + 1)]
                     with m.If(last_n):
-                        m.d.sync += [n.eq(1), h.eq(h + 1), vector_h.eq(vector_h + f.head_stride)]
+                        m.d.sync += vector_h.eq(vector_h + f.head_stride)
+        m.d.sync += fresh.eq(begin)
+        with m.If(fresh | (issue & last_row)):
+            m.d.sync += [last_k.eq(after_k), last_n.eq(after_n), last_tile.eq(after_k & after_n & (h == f.heads)),
+                         after_plane.eq(~after_last_plane)]
+            with m.If(after_last_plane):
+                m.d.sync += tile.eq(tile + 1)
+            with m.If(after_k):
+                m.d.sync += [tile.eq(1), n.eq(n + 1)]
+                with m.If(after_n):
+                    m.d.sync += [n.eq(1), h.eq(h + 1)]
         # Where the row after this one starts: its g and h, and as many row strides as its number.
         m.d.comb += [left_next.eq(Mux(last_t, mask, rest)), base_next.eq(vector_g), stride_next.eq(f.row_stride)]
         with m.If(last_t):
@@ -370,8 +381,8 @@ class ComputeUnit(wiring.Component):
         with m.If(begin):
             m.d.sync += [
                 running.eq(1), fed.eq(0), body.eq(self.cmd.payload.body), mask.eq(self.cmd.payload.mask),
-                halves.eq(few), h.eq(1), n.eq(1), tile.eq(1), k.eq(0), plane.eq(0), g.eq(1), first_t.eq(1),
-                acc_row.eq(0), vector_h.eq(self.cmd.payload.x),
+                halves.eq(few), h.eq(1), n.eq(1), tile.eq(1), after_plane.eq(0), k.eq(0), plane.eq(0), g.eq(1),
+                first_t.eq(1), acc_row.eq(0), vector_h.eq(self.cmd.payload.x),
                 request_h.eq(0), request_n.eq(0), request_k.eq(0),
                 requesting.eq((taken.mode == MatmulMode.QK) | (taken.mode == MatmulMode.PV)),
             ]

@@ -110,17 +110,19 @@ class VectorUnit(wiring.Component):
         f = fields(body, _LAYOUT)
         op = {name: Signal(name=f"is_{name}") for name in (
             "vnorm", "vadd", "vrope", "vswiglu", "vscore", "vprob", "vmerge", "vscale", "vlogits")}
-        scale_on, rotate = Signal(), Signal()
+        scale_on, rotate, adds, norms = Signal(), Signal(), Signal(), Signal()
         inv_n, eps = Signal(32), Signal(32)
         bias = [Signal(signed(32), name=f"bias_{name}") for name in ("attention", "mlp")]
         to_abuf = op["vadd"] | op["vscore"] | op["vmerge"]
         to_kvout = op["vrope"] & (f.dest == Destination.KVOUT)
         to_mbuf = op["vnorm"] | op["vadd"] | op["vswiglu"] | op["vprob"] | op["vscale"] | (op["vrope"] & ~to_kvout)
         from_stream = ~(op["vnorm"] | op["vprob"] | op["vscale"])
-        m.d.comb += [
+        m.d.comb += [src.eq(imm[:16]), dst.eq(imm[16:])]
+        turns = wire(m, op["vrope"] & (f.wrap != 0), "turns")
+        m.d.sync += [  # known before the first beat is where they matter
             scale_on.eq((f.scale != RowScale.ONE) & ~(op["vnorm"] | op["vscore"] | op["vprob"] | op["vmerge"])),
-            rotate.eq(op["vrope"] & (f.wrap != 0)),
-            src.eq(imm[:16]), dst.eq(imm[16:]),
+            rotate.eq(turns), adds.eq(turns | op["vadd"] | op["vmerge"] | op["vprob"]),
+            norms.eq(op["vnorm"] | op["vadd"]),
         ]
         scoring = wire(m, (op["vnorm"] | op["vadd"]) & f.route, "scoring")
 
@@ -272,7 +274,6 @@ class VectorUnit(wiring.Component):
         pair_en = [(valid[_T + i] & rotate) | paired[i] for i in range(2)]
         gated = op["vswiglu"]
         # Norms, which neither rotate nor gate, square with the first ones.
-        norms = op["vnorm"] | op["vadd"]
         v = [Signal(32, name=f"v{i}") for i in range(lanes)]
         first = lanes_of(FpMul, "mul_first", [Mux(norms, valid[_V + i], en) for i, en in enumerate(pair_en)],
                          a=[Mux(norms, value, Mux(gated, g, o)) for value, g, o in zip(v, gate, t)],
@@ -294,7 +295,6 @@ class VectorUnit(wiring.Component):
         m.d.comb += [known.clear.eq(forget), summed.clear.eq(forget)]
 
         # ---- T7: what becomes the addend; T8..T11: add -------------------------------------------------------------
-        adds = rotate | op["vadd"] | op["vmerge"] | op["vprob"]
         walk_state = walker("state", valid[_SUM - 2])
         minus_read, alpha_read = minus_maximum.read_port(), alpha.read_port()
         m.d.comb += [
