@@ -100,7 +100,8 @@ class ColumnPair(wiring.Component):
         lanes, blocks, acc_row = config.lanes, config.blocks, range(2 * config.acc_rows)
         word = signed(word_bits(config.dsp))
         members = {
-            "mantissa": In(signed(32 if config.dsp == "generic" else 16)).array(lanes), "code": In(CODE_BITS).array(2, lanes),
+            "mantissa": In(signed(32 if config.dsp == "generic" else 16)).array(lanes),
+            "code": In(CODE_BITS).array(2, lanes),
             **{name: In(word).array(2, lanes) for name in (("key",) if _shared_source(config) else ("key", "value"))},
             "load": In(1).array(2, lanes), "load_code": In(1).array(2, lanes),
             "bias": In(signed(BIAS_BITS)).array(blocks),

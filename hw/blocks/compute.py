@@ -241,8 +241,8 @@ class ComputeUnit(wiring.Component):
         slot = Mux(mode == MatmulMode.PV, slots[MatmulMode.PV], slots[MatmulMode.QK])
 
         # Sequencer (S0).
-        # The tile after this one, so that registers know of a tile what it is the last of. Counted from 1, as groups are,
-        # so that an end is found without a subtraction.
+        # The tile after this one, so that registers know what a tile is the last of. Counted from 1, as groups are, so
+        # that an end is found without a subtraction.
         h, n, tile, after_plane, fresh = Signal(8), Signal(14), Signal(12), Signal(), Signal()
         k, plane = Signal(12), Signal()
         g, left = Signal(8), Signal(config.tokens)  # left: rows of this g from the current one on
