@@ -165,10 +165,12 @@ def bound(found: dict[str, float]) -> str:
 
 
 def fit(model: ModelConfig, config: OverlayConfig, workload: Workload,
-        log: Callable[[str], None] = lambda line: None, samples: int = 4) -> Fit:
+        log: Callable[[str], None] = lambda line: None, samples: int = 4,
+        prefill: bool = True) -> Fit:
     """Predict a workload. log : is told what is being predicted
 
     samples : positions of decode that are predicted, see `spread`; 1 takes the prompt's middle chunk for all
+    prefill : False leaves the prompt out, with 0 cycles
 
     Raises CapacityError with everything that is too small, CompileError for a context beyond the model's.
     """
@@ -196,7 +198,7 @@ def fit(model: ModelConfig, config: OverlayConfig, workload: Workload,
     return Fit(
         chunk=program.plan.chunk, port_bytes=program.port_bytes(), port_capacity=_capacity(config),
         parts=_parts(program), cycles_per_token=cycles, bytes_per_token=moved * config.superbeat_bytes,
-        prefill_cycles=_prefill(program, workload, log, samples > 1), terms=together, bound=bound(together),
+        prefill_cycles=_prefill(program, workload, log, samples > 1) if prefill else 0.0, terms=together, bound=bound(together),
         share_of_peak=moved / cycles, share_of_memory=moved / cycles / channel.share,
         served=mean([run.kv_buffered for run in runs]) / config.ports / moved)
 

@@ -185,7 +185,7 @@ def _decode_rows(name: str, config: OverlayConfig, run: _Decode, paper: tuple[fl
     text, command = run.text(name), run.command(name, config)
     try:
         found: Fit = fit(find_geometry(name), resized(config, run.sizes), workload,
-                         lambda line: log(f"{text}: {line}"))
+                         lambda line: log(f"{text}: {line}"), prefill=False)
     except CompileError as error:
         yield Row(f"{text}: tokens/s", paper[0], None, "", command, "{:.1f}")
         yield f"{text}: {str(error).partition(';')[0]}."
