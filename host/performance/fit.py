@@ -198,7 +198,8 @@ def fit(model: ModelConfig, config: OverlayConfig, workload: Workload,
     return Fit(
         chunk=program.plan.chunk, port_bytes=program.port_bytes(), port_capacity=_capacity(config),
         parts=_parts(program), cycles_per_token=cycles, bytes_per_token=moved * config.superbeat_bytes,
-        prefill_cycles=_prefill(program, workload, log, samples > 1) if prefill else 0.0, terms=together, bound=bound(together),
+        prefill_cycles=_prefill(program, workload, log, samples > 1) if prefill else 0.0, terms=together,
+        bound=bound(together),
         share_of_peak=moved / cycles, share_of_memory=moved / cycles / channel.share,
         served=mean([run.kv_buffered for run in runs]) / config.ports / moved)
 
