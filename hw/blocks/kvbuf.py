@@ -27,6 +27,8 @@ from .trees import tree_sum
 __all__ = ["KvBuffer", "KvRequest", "KvShift", "KvTile"]
 
 _SIGNIFICAND = 11  #: bits of an FP16 significand with its hidden bit
+#: For each distance of exponents four bits, inverted: how far to shift. Beyond 15 nothing is left, as at 15.
+_FURTHER = Const(sum((15 - distance) << 4 * distance for distance in range(16)), 64)
 _BELOW = KV_BITS - 1 - _SIGNIFICAND  #: places of a mantissa below the significand of the largest exponent
 
 
@@ -45,50 +47,77 @@ def KvTile(config):
 
 
 class KvShift(wiring.Component):
-    """The FP16 elements of a port beat as mantissas of one exponent (docs/numerics.md, Keys and values).
+    """FP16 elements of a port beat as mantissas of one exponent (docs/numerics.md, Keys and values).
 
-    A narrow element has them already: sign and magnitude, 8 bits in its high and 4 in its low plane.
+    Narrow elements have them already: sign and magnitude, 8 bits in the high and 4 in the low plane. They are treated
+    as numbers of the smallest exponent, to be shifted to that. So is what is beyond the head's end, but shifted out.
 
     Members
     -------
-    beat : In(16 per element); shared : In(5), the exponent; zero : In(1), the beat is beyond the head's end
-    narrow : In(1), the elements are in ``high``, In(8 per element), and ``low``, In(4 per element), instead
+    beats : In(16 per element), the beat that was read, or both with ``narrow``
+    own : In(1), the elements have exponents; shared : In(5), the one to shift to: 1 for narrow elements, 31 for none
     en : In(2), register enables; o : Out(signed(bits)) per element, KV_BITS of them in use, 2 cycles later
+    part : In(1), which of the beats is that of FP16; pick : In(2), which half of the first has the high planes, and
+        which quarter of the second the low ones
+    high : In(1), the elements are narrow; blank : In(1), they have no low plane
     """
 
-    def __init__(self, *, elements, bits=KV_BITS):
-        self._elements, self._bits = elements, bits
-        super().__init__({"beat": In(16 * elements), "shared": In(EXPONENT_BITS), "zero": In(1), "en": In(2),
-                          "narrow": In(1), "high": In(8 * elements), "low": In(4 * elements),
-                          "o": Out(signed(bits)).array(elements)})
+    def __init__(self, *, elements, narrow, bits=KV_BITS):
+        self._elements, self._narrow, self._bits = elements, narrow, bits
+        super().__init__({
+            "beats": In(16 * elements).array(1 + narrow), "own": In(1), "shared": In(EXPONENT_BITS), "en": In(2),
+            "o": Out(signed(bits)).array(elements),
+            **({"pick": In(2), "part": In(1), "high": In(1), "blank": In(1)} if narrow else {})})
 
     def elaborate(self, platform):
         m = Module()
+        words = Signal(16 * self._elements)  # of FP16, for the exponents: chosen at once, which simulates faster
+        m.d.comb += words.eq(Mux(self.own, Mux(self.part, self.beats[1], self.beats[0]) if self._narrow
+                                 else self.beats[0], 0))
         for index in range(self._elements):
-            word = self.beat[16 * index:16 * index + 16]
-            field, hidden = word[10:15], word[10:15].any()
-            high, low = self.high[8 * index:8 * index + 8], self.low[4 * index:4 * index + 4]
-            sign, significand = Signal(name=f"sign{index}"), Signal(_SIGNIFICAND, name=f"significand{index}")
-            shift = Signal(range(KV_BITS + 1), name=f"shift{index}")
-            # Written out twice below: a simulator then evaluates it only when the register is enabled.
-            distance = (self.shared - Cat(field[0] | ~hidden, field[1:]))[:EXPONENT_BITS]
+            number, shift = Signal(_SIGNIFICAND + 1, name=f"number{index}"), Signal(4, name=f"shift{index}")
+            field = words[16 * index + 10:16 * index + 15]
+            distance = (self.shared - Cat(field[0] | ~field[1:].any(), field[1:]))[:EXPONENT_BITS]
+            fraction, top, sign = self._parts(index)
             with m.If(self.en[0]):
-                m.d.sync += [
-                    sign.eq(Mux(self.narrow, high[7], word[15])),
-                    significand.eq(Mux(self.zero, 0, Mux(self.narrow, Cat(low, high[:7]), Cat(word[:10], hidden)))),
-                    # further is 0 as well
-                    shift.eq(Mux(self.narrow, 0, Mux(distance > KV_BITS, KV_BITS, distance))),
-                ]
+                m.d.sync += [number.eq(Cat(fraction, field.any() | top, sign)),
+                             shift.eq(~(_FURTHER >> (distance << 2)))]
             mantissa = Signal(signed(self._bits), name=f"mantissa{index}")
             m.d.comb += self.o[index].eq(mantissa)
             # Rounding and sign in one addition: with x + 1 = -~x the mantissa is (x + 1) >> 1 or (~x + 1) >> 1. It is
             # made at the upper end of a word: shifting it down extends the sign without a second use of the sum.
             below = max(self._bits - KV_BITS - 1, 0)
-            magnitude = Cat((significand << _BELOW + 1)[:KV_BITS] >> shift, Const(0, 1))
-            word = Cat(Const(0, below), magnitude ^ sign.replicate(KV_BITS + 1))
+            magnitude = Cat((number[:-1] << _BELOW + 1) >> shift, Const(0, 1))
+            word = Cat(Const(0, below), magnitude ^ number[-1].replicate(KV_BITS + 1))
             with m.If(self.en[1]):
                 m.d.sync += mantissa.eq((word + (1 << below))[:len(word)].as_signed() >> below + 1)
         return m
+
+    def _parts(self, index):
+        """Fraction of an element, what stands in front of the fraction of a narrow one, and the sign."""
+        place = 16 * index
+        if not self._narrow:
+            return self.beats[0][place:place + 10], 0, self.beats[0][place + 15]
+        first, second = self.beats
+        count = self._elements
+
+        def either(plane, word):
+            """Bits of the high plane, or of FP16."""
+            return _select([Mux(self.high, first[8 * (index + half * count):][plane], beat[place:][word])
+                            for half, beat in enumerate(self.beats)], self.pick[:1])
+
+        low = _select([second[4 * (index + count * part):][:4] for part in (0, 2, 1, 3)], self.pick[::-1])
+        word = _select([beat[place:place + 4] for beat in self.beats], self.part)
+        top = _select([first[8 * (index + count * half) + 6] for half in range(2)], self.pick[:1])
+        fraction = Cat(Mux(self.blank, 0, Mux(self.high, low, word)), either(slice(0, 6), slice(4, 10)))
+        return fraction, self.high & top, either(slice(7, 8), slice(15, 16))
+
+
+def _select(values, index):
+    """One of a power of two of values, bit by bit of ``index``."""
+    for bit in index:
+        values = [Mux(bit, second, first) for first, second in zip(values[::2], values[1::2])]
+    return values[0]
 
 
 class KvBuffer(wiring.Component):
@@ -205,13 +234,13 @@ class KvBuffer(wiring.Component):
                 with m.If(source.finished[i].any()):
                     m.d.sync += left[i][p].eq(left[i][p] - source.finished[i])
             of_port = []
-            for parity, write in enumerate(source.write):
+            for parity, (write, written) in enumerate(zip(source.write, source.written)):
                 of_bank = []
                 for part in range(parts):
                     bank = Memory(shape=config.port_bits, depth=2 * half * beats // parts, init=[])
                     m.submodules[f"bank{p}_{parity}" + "ab"[part] * (parts - 1)] = bank
                     port, within = bank.write_port(), beat_bits - parts + 1
-                    m.d.comb += [port.en.eq(write.en & (write.beat >> within == part)), port.data.eq(write.data),
+                    m.d.comb += [port.en.eq(write.en & (write.beat >> within == part)), port.data.eq(written),
                                  port.addr.eq(Cat(write.beat[:within], write.row[1:], write.slot))]
                     of_bank.append(bank.read_port())
                 of_port.append(of_bank)
@@ -317,20 +346,18 @@ class KvBuffer(wiring.Component):
                 m.d.sync += self.tile.payload.last.eq(c_last)
         mantissas = []
         for i, (beat, exponent) in enumerate(zip(beat_data, token_exponents)):
-            m.submodules[f"shift{i}"] = shift = KvShift(elements=config.beat_elements, bits=word_bits(config.dsp))
+            m.submodules[f"shift{i}"] = shift = KvShift(
+                elements=config.beat_elements, narrow=config.kv_narrow, bits=word_bits(config.dsp))
+            for part, read in enumerate(shift.beats):
+                m.d.comb += read.eq(beat.word_select(part, config.port_bits))
+            own = ~b_side.zero
             if config.kv_narrow:
-                high, low = beat[:config.port_bits], beat[config.port_bits:]
-                beat = Mux(b_side.pick[0], low, high)  # of FP16
-                m.d.comb += [
-                    shift.narrow.eq(b_side.format != KvFormat.FP16),
-                    shift.high.eq(high.word_select(b_side.pick[0], config.port_bits // 2)),
-                    shift.low.eq(Mux(b_side.format == KvFormat.B12,
-                                     low.word_select(b_side.pick, config.port_bits // 4), 0)),
-                ]
-            m.d.comb += [
-                shift.beat.eq(beat), shift.zero.eq(b_side.zero), shift.shared.eq(exponent),
-                shift.en.eq(Cat(advance & b_valid, advance & c_valid)),
-            ]
+                is_narrow = b_side.format != KvFormat.FP16
+                own, exponent = own & ~is_narrow, Mux(is_narrow, 1, exponent)
+                m.d.comb += [shift.part.eq(b_side.pick[0]), shift.pick.eq(b_side.pick), shift.high.eq(is_narrow),
+                             shift.blank.eq(b_side.format == KvFormat.B8)]
+            m.d.comb += [shift.own.eq(own), shift.shared.eq(Mux(b_side.zero, ~0, exponent)),
+                         shift.en.eq(Cat(advance & b_valid, advance & c_valid))]
             mantissas += shift.o
         m.d.comb += self.tile.payload.data.as_value().eq(Cat(*mantissas))
         return m

@@ -3,9 +3,9 @@
 Each port takes its own records at its own pace, up to two tiles ahead of the array, those from memory and those from
 the history buffer side by side: each kind in its order. A record from memory may be copied to the history buffer while
 it passes. What the two do to one slot of it has an order, so that either can wait until the other has gone far enough.
-While an FP16 record passes, a tree of maxima finds the largest exponent of each of its heads; a narrow one has them in
-its first beats (`isa.KvFormat`). Those are kept, and written with the first beats of the high planes, a head's two with
-each: there are as many of these beats as heads, or more.
+While an FP16 record passes, the largest exponent of each of its heads is found; a narrow one has them in its first
+beats (`isa.KvFormat`). Those are kept, and written with the first beats of the high planes, a head's two with each:
+there are as many of these beats as heads, or more.
 """
 
 from amaranth.hdl import Cat, Module, Mux, Signal
@@ -14,7 +14,6 @@ from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from ..isa import KvFormat
-from .trees import tree
 
 __all__ = [
     "EXPONENT_BITS", "KvExponent", "KvIntake", "KvLargest", "KvPort", "KvRecord", "KvShape", "KvWrite", "PENDING",
@@ -53,11 +52,11 @@ def KvRecord(config):
 
 
 def KvWrite(config):
-    """Beat ``beat`` of the record in ``row`` of a slot, while ``en``. Beats of high planes count from 0, those of low
-    planes from the middle."""
+    """Where a beat goes, while ``en``: it is beat ``beat`` of the record in ``row`` of a slot. Beats of high planes
+    count from 0, those of low planes from the middle."""
     rows = config.tile_tokens // config.ports
     beats = 2 * config.kvbuf_heads * config.lanes // config.beat_elements
-    return data.StructLayout({"data": config.port_bits, "en": 1, "slot": 1, "row": range(rows), "beat": range(beats)})
+    return data.StructLayout({"en": 1, "slot": 1, "row": range(rows), "beat": range(beats)})
 
 
 def KvExponent(config):
@@ -68,7 +67,8 @@ def KvExponent(config):
 
 
 class KvLargest(wiring.Component):
-    """Largest exponent field of the FP16 elements of a port beat.
+    """Largest exponent field of the FP16 elements of a port beat, bit by bit from the highest one: a bit of the result
+    is set if it is set in any element that has all bits of the result so far.
 
     Members
     -------
@@ -81,18 +81,41 @@ class KvLargest(wiring.Component):
 
     @property
     def latency(self):
-        """Stages of two comparisons each."""
+        """Stages, one for each factor of four elements. Of several the first finds one bit, the others the rest."""
         return (self._elements.bit_length() - 1 + 1) // 2
 
     def elaborate(self, platform):
         m = Module()
-        level = [self.beat[at:at + EXPONENT_BITS] for at in range(10, 16 * self._elements, 16)]
-        for enable in self.en:
-            groups = [level[i:i + 4] for i in range(0, len(level), 4)]
-            level = [Signal(EXPONENT_BITS, name=f"largest{len(groups)}_{i}") for i in range(len(groups))]
-            with m.If(enable):
-                m.d.sync += [out.eq(tree(group, _larger)) for group, out in zip(groups, level)]
-        m.d.comb += self.o.eq(level[0])
+        # The highest bits are named by their places, all are gathered once: a simulator does either only when enabled.
+        highest = sum(1 << at for at in range(14, 16 * self._elements, 16))
+        bits = [Cat(self.beat[at + bit] for at in range(10, 16 * self._elements, 16)) for bit in range(EXPONENT_BITS)]
+        result, still, top = (self.beat & highest).any(), None, bits.pop()
+
+        def passed():
+            """Elements that were still in and have the last bit of the result, or none has it."""
+            reached = top | ~result[0].replicate(self._elements)
+            return reached if still is None else still & reached
+
+        for stage, enable in enumerate(self.en):
+            ahead = (EXPONENT_BITS - 1) * (self.latency - 1 - stage) // max(self.latency - 1, 1)
+            while len(bits) > ahead:
+                found = Signal(name=f"found{len(bits) - 1}")
+                if top is not None:
+                    still = passed()
+                top = bits.pop()
+                m.d.comb += found.eq((top & still).any())
+                result = Cat(found, result)
+            if stage:
+                still, top = passed(), None
+            registers = []
+            for name, value in (("result", result), ("still", still), ("top", top), *enumerate(bits)):
+                register = value if value is None else Signal(len(value), name=f"stage{stage}_{name}")
+                registers.append(register)
+                if value is not None:
+                    with m.If(enable):
+                        m.d.sync += register.eq(value)
+            result, still, top, *bits = registers
+        m.d.comb += self.o.eq(result)
         return m
 
 
@@ -135,11 +158,11 @@ class KvIntake(wiring.Component):
             age.eq(self.tiles - 1 - record.tile), shape.eq(Mux(slot, self.shape[1], self.shape[0])),
             self.beats.ready.eq(self.records.valid & (age < 2) & ~self.hold), self.taken.eq(accept),
             accept.eq(self.beats.valid & self.beats.ready),
-            record_ends.eq(beat == shape.record - 1), rows_end.eq(passed == record.rows - 1),
+            record_ends.eq(beat + 1 == shape.record), rows_end.eq(passed + 1 == record.rows),
             self.records.ready.eq(accept & record_ends & rows_end),
-            head_ends.eq(head_beat == shape.head_beats - 1), part_ends.eq(head_ends & (head == shape.heads - 1)),
+            head_ends.eq(head_beat + 1 == shape.head_beats), part_ends.eq(head_ends & (head + 1 == shape.heads)),
             self.write.en.eq(accept & ~part[1] & ~leading), self.write.slot.eq(slot),
-            self.write.row.eq(record.row + passed), self.write.data.eq(self.beats.payload),
+            self.write.row.eq(record.row + passed),
             self.write.beat.eq(Mux(narrow, Cat(position[:len(self.write.beat) - 1], part[0]), beat)),
         ]
         with m.If(accept):
@@ -155,7 +178,7 @@ class KvIntake(wiring.Component):
                 m.d.sync += [beat.eq(0), head_beat.eq(0), head.eq(0), part.eq(0),
                              passed.eq(Mux(rows_end, 0, passed + 1))]
 
-        # Where a beat belongs follows it through the tree.
+        # Where a beat belongs follows it through the search.
         place = data.StructLayout({"slot": 1, "row": self.write.row.shape(), "head": 8, "en": 2, "first": 1, "last": 1,
                                    "pair": 2 * EXPONENT_BITS if config.kv_narrow else 0})
         at, valid, enables = Signal(place), accept, []
@@ -192,26 +215,26 @@ class KvIntake(wiring.Component):
         the beats of one. ``pair`` : exponents of the head with the number of the position."""
         elements = self.config.beat_elements
         behind, ends, values = Signal(), Signal(), Signal(16)  # behind the exponents
-        m.submodules.exponents = memory = Memory(
-            shape=2 * EXPONENT_BITS * elements, depth=-(-self.config.kvbuf_heads // elements), init=[])
-        write, read = memory.write_port(), memory.read_port(domain="comb")
+        kept = [Signal(2 * EXPONENT_BITS * elements, name=f"kept{i}")
+                for i in range(-(-self.config.kvbuf_heads // elements))]
         element_bits = elements.bit_length() - 1
         m.d.comb += [
             narrow.eq(shape.format != KvFormat.FP16), leading.eq(narrow & ~behind),
             values.eq(Mux(slot, self.values[1], self.values[0])),
             ends.eq(position == ((values - 1) >> part[0])[:16]),
-            write.en.eq(accept & leading), write.addr.eq(beat),
-            write.data.eq(Cat(self.beats.payload[at:at + EXPONENT_BITS] for at in range(0, 16 * elements, 8))),
-            read.addr.eq(position >> element_bits),
-            pair.eq(read.data.word_select(position[:element_bits], 2 * EXPONENT_BITS)),
+            pair.eq(Cat(kept).word_select(position[:(elements * len(kept)).bit_length() - 1], 2 * EXPONENT_BITS)),
         ]
+        for index, exponents in enumerate(kept):
+            with m.If(accept & leading & (beat == index)):
+                m.d.sync += exponents.eq(
+                    Cat(self.beats.payload[at:at + EXPONENT_BITS] for at in range(0, 16 * elements, 8)))
         with m.If(accept & narrow):
             m.d.sync += position.eq(position + 1)
             with m.If(leading):
                 m.d.sync += [position.eq(0), behind.eq(beat == (shape.heads - 1) >> element_bits)]
             with m.Elif(ends & ~part[1]):
                 m.d.sync += [position.eq(0), part.eq(Mux((shape.format == KvFormat.B12) & ~part[0], 1, 2))]
-            with m.If(beat == shape.record - 1):
+            with m.If(beat + 1 == shape.record):
                 m.d.sync += [position.eq(0), behind.eq(0)]
 
 
@@ -223,7 +246,8 @@ class KvPort(wiring.Component):
     records, beats : In(stream of KvRecord) and In(stream of port beats), from memory
     hits : In(stream of KvRecord), from the history buffer
     tiles, shape, values : as in KvIntake
-    write : Out(KvWrite) for even and for odd rows; exponent : Out(KvExponent) for even and for odd rows
+    write, written : Out(KvWrite) and Out(port beat) for even and for odd rows
+    exponent : Out(KvExponent) for even and for odd rows
     finished : Out per slot, how many records and their exponents are in the buffer from the next cycle on
     buffered : Out(1), a beat came from the history buffer
     """
@@ -234,7 +258,8 @@ class KvPort(wiring.Component):
             "records": In(stream.Signature(KvRecord(config))), "beats": In(stream.Signature(config.port_bits)),
             "hits": In(stream.Signature(KvRecord(config))),
             "tiles": In(range(TILE_NUMBERS)), "shape": In(KvShape(config)).array(2), "values": In(16).array(2),
-            "write": Out(KvWrite(config)).array(2), "exponent": Out(KvExponent(config)).array(2),
+            "write": Out(KvWrite(config)).array(2), "written": Out(config.port_bits).array(2),
+            "exponent": Out(KvExponent(config)).array(2),
             "finished": Out(2).array(2), "buffered": Out(1),
         })
 
@@ -256,11 +281,15 @@ class KvPort(wiring.Component):
                          *(port.eq(count) for port, count in zip(source.values, self.values))]
         for i in range(2):
             m.d.comb += self.finished[i].eq(sum(source.finished[i] for source in sources))
+        one, other = sources[0], sources[-1]  # never write to the same rows at once
         for parity in range(2):
-            for source in reversed(sources):
-                for here, there in ((self.write[parity], source.write), (self.exponent[parity], source.exponent)):
-                    with m.If(there.en.any() & (there.row[0] == parity)):
-                        m.d.comb += here.eq(there)
+            for name in ("write", "exponent"):
+                first, second, here = getattr(one, name), getattr(other, name), getattr(self, name)[parity]
+                mine = [there.en.any() & (there.row[0] == parity) for there in (first, second)]
+                m.d.comb += [here.as_value().eq(Mux(mine[0], first.as_value(), second.as_value())),
+                             here.en.eq(Mux(mine[0], first.en, Mux(mine[1], second.en, 0)))]
+            m.d.comb += self.written[parity].eq(Mux(
+                one.write.en & (one.write.row[0] == parity), one.beats.payload, other.beats.payload))
         return m
 
     def _buffer(self, m, memory, history, buffer):
@@ -292,7 +321,7 @@ class KvPort(wiring.Component):
             length.eq(Mux(hit.tile[0], self.shape[1].record, self.shape[0].record)),
             fetch.eq(self.hits.valid & ((self.tiles - 1 - hit.tile)[:4] < 2) & ~early(hit, read_count)
                      & (~held | history.taken)),
-            last.eq(fetched == length - 1), self.hits.ready.eq(fetch & last),
+            last.eq(fetched + 1 == length), self.hits.ready.eq(fetch & last),
             read.en.eq(fetch), read.addr.eq(hit.at + fetched),
             history.beats.valid.eq(held), history.beats.payload.eq(read.data),
             history.records.valid.eq(held), history.records.payload.eq(entry), history.hold.eq(collides),

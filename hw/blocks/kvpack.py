@@ -141,7 +141,7 @@ class KvPacker(wiring.Component):
             m.d.sync += here.eq(next_place)
         m.d.comb += [read.en.eq(taken), read.addr.eq(Cat(next_place.value, next_place.head))]
 
-        # ---- exponents: through the tree of maxima, to the memory and into the record
+        # ---- exponents: through the search for the largest, to the memory and into the record
         advance, accept = Signal(), Signal()
         m.d.comb += [advance.eq(~self.o.valid | self.o.ready), self.i.ready.eq(advance),
                      accept.eq(self.i.valid & advance)]
