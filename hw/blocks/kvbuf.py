@@ -87,7 +87,7 @@ class KvShift(wiring.Component):
             # Rounding and sign in one addition: with x + 1 = -~x the mantissa is (x + 1) >> 1 or (~x + 1) >> 1. It is
             # made at the upper end of a word: shifting it down extends the sign without a second use of the sum.
             below = max(self._bits - KV_BITS - 1, 0)
-            magnitude = Cat((number[:-1] << _BELOW + 1) >> shift, Const(0, 1))
+            magnitude = Cat((number[:-1] << _BELOW + 1)[:KV_BITS] >> shift, Const(0, 1))
             word = Cat(Const(0, below), magnitude ^ number[-1].replicate(KV_BITS + 1))
             with m.If(self.en[1]):
                 m.d.sync += mantissa.eq((word + (1 << below))[:len(word)].as_signed() >> below + 1)
