@@ -8,24 +8,9 @@ import pytest
 from skipopu.hw.blocks.array import PeArray
 from skipopu.hw.config import DSPS, preset
 from skipopu.hw.verilog import to_verilog
-from skipopu.sim.toolchain import find_toolchain
+from skipopu.sim.lint import lint
 
 LIMIT = 60  # seconds of processor time
-WAIVED = [  # all from the way Yosys writes Verilog, none about the design
-    "DECLFILENAME",  # several modules in one file
-    "UNUSEDSIGNAL",  # whole signals are declared where some bits are used; resets that nothing needs
-    "WIDTHEXPAND",  # operands get the width of the result by the language's own rule
-    "PROCASSINIT",  # registers have initial values
-    "UNOPTFLAT",  # bits that repeat a sign are assigned from another bit of their signal: no loop, only slower
-]
-
-
-def lint(folder, text, top):
-    """Raises ToolError with the first complaint."""
-    tools = find_toolchain(need=())
-    (folder / "array.v").write_text(text)
-    tools.run([str(tools.verilator), "--lint-only", "-Wall", *(f"-Wno-{name}" for name in WAIVED), "--top-module", top,
-               "array.v"], cwd=folder)
 
 
 @pytest.mark.slow
