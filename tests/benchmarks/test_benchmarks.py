@@ -65,7 +65,7 @@ def test_u280_compares_bits_bytes_and_cycles(tmp_path):
 
 @pytest.mark.parametrize(("options", "message"), [
     (["--geometry", "llama2-8b"], "unknown geometry 'llama2-8b', did you mean 'llama2-7b'?"),
-    (["--config", "u280,port=16"], "a changed size is like ports=16, not 'port=16'"),
+    (["--config", "u280,port=16"], "a size is like kvbuf_heads=128, not 'port=16'"),
     (["--geometry", "llama2-13b"], "llama2-13b does not fit configuration u280: state_rows"),
 ])
 def test_u280_mistakes_are_one_line(options, message):
