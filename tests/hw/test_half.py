@@ -5,7 +5,7 @@ from math import floor
 
 import numpy as np
 import pytest
-from amaranth.hdl import Cat, Module, signed
+from amaranth.hdl import Module, signed
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from lanes import Lanes, check_lanes, spread_floats
@@ -53,7 +53,8 @@ class HalfParts(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         with m.If(self.en):
-            m.d.sync += [Cat(self.sig, self.es).eq(Cat(half_parts(self.bits))), self.wide.eq(widen(self.bits))]
+            sig, es = half_parts(self.bits)
+            m.d.sync += [self.sig.eq(sig), self.es.eq(es), self.wide.eq(widen(self.bits))]
         return m
 
 

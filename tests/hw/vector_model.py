@@ -10,9 +10,10 @@ from skipopu.golden.arithmetic import from_int, widen_half
 from skipopu.golden.state import BeatStream, MachineState
 from skipopu.golden.vector import VectorUnit
 from skipopu.hw.blocks.command import Command
+from skipopu.hw.blocks.load import AbufWrite
 from skipopu.hw.blocks.mbuf import AlignedRow
 from skipopu.hw.isa import ROUTER_ROWS_AT
-from skipopu.sim.bench import StreamSink, StreamSource, cycle, unpack
+from skipopu.sim.bench import StreamSink, StreamSource, cycle, pack, unpack
 
 __all__ = ["VectorBench", "accumulators", "geometry"]
 
@@ -126,8 +127,12 @@ class VectorBench:
     def send_rows(self, first, values):
         """Write rows of ABUF (uint32 [rows, V]) as LOADA does, from row ``first`` on; returns at once."""
         self.state.load_abuf(np.arange(first, first + len(values)), values)
-        self.load.send(first + i | int.from_bytes(row.astype("<u4").tobytes(), "little") << 16
-                       for i, row in enumerate(values))
+        self._send(first, values.astype("<u4"))
+
+    def _send(self, first, rows):
+        shape = AbufWrite(self.config)
+        self.load.send(pack(shape, {"addr": first + i, "data": int.from_bytes(row.tobytes(), "little")})
+                       for i, row in enumerate(rows))
 
     async def write_abuf(self, first, values):
         """Write rows of ABUF and wait until they are there."""
@@ -137,8 +142,7 @@ class VectorBench:
     async def write_routers(self, first, weights):
         """Write rows of the router buffer as LOADA does: FP16 bits, uint16 [rows, V, 2], attention and MLP."""
         self.state.routers[:, first:first + len(weights)] = np.moveaxis(widen_half(weights), -1, 0)
-        self.load.send(ROUTER_ROWS_AT + first + i | int.from_bytes(row.astype("<u2").tobytes(), "little") << 16
-                       for i, row in enumerate(weights))
+        self._send(ROUTER_ROWS_AT + first, weights.astype("<u2"))
         await self.load.sent()
 
     async def run(self, *instructions):
