@@ -5,6 +5,7 @@ front of registers that do not change (measured on a 32 x 64 array: five times f
 """
 
 import contextlib
+import gc
 import re
 import subprocess
 import sys
@@ -48,6 +49,17 @@ def _empty_memories():
         rtlil.ModuleEmitter = original
 
 
+@contextlib.contextmanager
+def _rare_collections():
+    """Elaboration makes millions of objects that stay: looking through them for garbage took a quarter of its time."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 1000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
 def _collapse(text):
     """Write ``{ a [3], a [3], a [3] }`` (a sign extension) as ``{ {3{a [3]}} }``: one operation for a simulator."""
     return _REPEATED.sub(lambda found: f"{{{1 + len(found[2]) // (2 + len(found[1]))}{{{found[1]}}}}}", text)
@@ -79,7 +91,7 @@ def run_yosys(commands, *, name="the design", log=None):
 def to_rtlil(component, *, name, ports=None, primitives=False):
     """RTLIL text of ``component`` with top module ``name``, the same on every run; parameters as in `to_verilog`."""
     emission = Emission(primitives=primitives)
-    with _empty_memories():
+    with _empty_memories(), _rare_collections():
         texts, written = [rtlil.convert(component, name=name, ports=ports, emit_src=False, platform=emission)], set()
         while missing := emission.modules.keys() - written:
             module = min(missing)
