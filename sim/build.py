@@ -50,7 +50,7 @@ def cache_root() -> Path:
 
 def sleepers(verilog: str) -> list[str]:
     """Parts of a top that have clocks of their own (`hw.top.Overlay`, ``sleeps``)."""
-    return re.findall(r"^  input (\w+)_clock;", verilog, re.M)
+    return re.findall(r"\n  input (\w+)_clock;", verilog)  # begins with what is fast to search for
 
 
 def build_library(verilog: str, *, top: str, ports: int, port_bits: int, trace: bool = False,

@@ -39,6 +39,7 @@ from .flags import Flags
 from .fp import LARGEST, FpAdd, FpMul, FromInt, scale2, wire
 from .functions import Exp2, Recip, Rsqrt, Sigmoid
 from .half import ToFixed, ToHalf
+from .load import AbufWrite
 from .mbuf import AlignedRow
 from .scores import RouterScores
 from .trees import tree_sum
@@ -64,7 +65,7 @@ class VectorUnit(wiring.Component):
     -------
     cmd, done, busy : as in every unit
     acc : AccBeat stream from the compute unit
-    load : (address, data) rows written by the load unit: into ABUF, with address bit 15 into the router buffer
+    load : rows written by the load unit: into ABUF, with address bit 15 into the router buffer
     decided_attention, decided_mlp : bit t: the last score of row t was not negative; stable when ``done``
     write_* : MBUF's write port
     exponent_slot, exponent_head, exponents : V exponents of one (slot, head), 5 bits per token, combinational
@@ -85,7 +86,7 @@ class VectorUnit(wiring.Component):
         super().__init__({
             "cmd": In(stream.Signature(Command(config))), "done": Out(1), "busy": Out(1),
             "acc": In(stream.Signature(AccBeat(config))),
-            "load": In(stream.Signature(data.StructLayout({"data": 32 * v, "addr": 16}))),
+            "load": In(stream.Signature(AbufWrite(config))),
             "decided_attention": Out(config.tokens), "decided_mlp": Out(config.tokens),
             "write_en": Out(1), "write_row": Out(rows), "write_vector": Out(rows), "write_first": Out(1),
             "write_data": Out(AlignedRow(config)),
