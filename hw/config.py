@@ -23,7 +23,7 @@ class ConfigError(ValueError):
 class OverlayConfig:
     """Capacities of one overlay. Nothing here is a property of a model.
 
-    All sizes are powers of two unless said otherwise.
+    All sizes are positive; powers of two, unless one may be any number.
     """
 
     name: str
@@ -36,13 +36,13 @@ class OverlayConfig:
     acc_rows: int  #: accumulator rows: tokens x query heads per KV head
     abuf_rows: int  #: vector-wide FP32 rows of the activation buffer
     mbuf_rows: int  #: lanes-wide rows of aligned mantissas
-    kvbuf_heads: int  #: KV heads x ceil(head_dim / lanes), capacity of one KV tile slot
+    kvbuf_heads: int  #: KV heads x ceil(head_dim / lanes), capacity of one KV tile slot (any number)
     router_rows: int  #: vector-wide rows of the router buffer (two FP16 weights per element, two layers)
     history_tokens: int  #: positions that have pointers to their KV records (KV reuse)
     history_layers: int  #: layers of such a position
     buffer_beats: int  #: KV history buffer: beats per port (zero or a power of two)
     kvout_rows: int  #: port-wide rows of new K and V waiting to be written
-    state_rows: int  #: softmax states: query heads x tokens (not necessarily a power of two)
+    state_rows: int  #: softmax states: query heads x tokens (any number)
     fifo_beats: int  #: read FIFO beats per port
     burst_beats: int  #: longest read or write burst
     outstanding: int  #: read bursts in flight per port
@@ -53,12 +53,14 @@ class OverlayConfig:
     counters: bool = True  #: of cycles and events; without, their registers read zero; changes no result and no timing
 
     def __post_init__(self):
-        plain = {"name", "state_rows", "dsp"} | ({"buffer_beats"} if self.buffer_beats == 0 else set())
+        plain = {"name", "dsp", "counters", "kv_narrow"} | ({"buffer_beats"} if self.buffer_beats == 0 else set())
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in plain or field.name in ("counters", "kv_narrow"):
+            if field.name in plain:
                 continue
-            if not isinstance(value, int) or value < 1 or value & (value - 1):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{field.name} must be a positive number, not {value!r}")
+            if value & (value - 1) and field.name not in ("kvbuf_heads", "state_rows"):
                 raise ConfigError(f"{field.name} must be a power of two, not {value!r}")
         relations = [
             (self.dsp in DSPS, f"dsp must be one of {', '.join(DSPS)}, not {self.dsp!r}"),
@@ -111,6 +113,21 @@ class OverlayConfig:
         """Tokens of which the KV buffer delivers a port beat each in one cycle: two of every port, as far as a tile of
         values has so many."""
         return min(2 * self.ports, self.lanes)
+
+    @property
+    def kv_beats(self):
+        """Port beats of the longest FP16 record in the KV buffer."""
+        return 2 * self.kvbuf_heads * self.lanes // self.beat_elements
+
+    @property
+    def kv_parts(self):
+        """Beats of a record that each part of a memory of the KV buffer holds. Where there are narrow records a power
+        of two is in the first, so that the highest bit of a beat's number names the part, and in the second the rest,
+        at least the low planes: half as many beats as the high ones."""
+        if not self.kv_narrow:
+            return [self.kv_beats]
+        first = 1 << (self.kv_beats - 1).bit_length() - 1
+        return [first, max(self.kv_beats - first, -(-self.kv_beats // 4))]
 
     @property
     def tile_beats(self):
@@ -171,8 +188,8 @@ PRESETS = {
         ),
         OverlayConfig(
             name="u280", lanes=64, columns=128, ports=32, port_bits=512, vector_lanes=32, tokens=32, acc_rows=128,
-            abuf_rows=16384, mbuf_rows=16384, kvbuf_heads=64, router_rows=1024, history_tokens=8192,
-            history_layers=64, buffer_beats=8192, kvout_rows=16384, state_rows=1024, fifo_beats=1024, burst_beats=16,
+            abuf_rows=16384, mbuf_rows=16384, kvbuf_heads=80, router_rows=1024, history_tokens=8192,
+            history_layers=64, buffer_beats=8192, kvout_rows=16384, state_rows=1280, fifo_beats=1024, burst_beats=16,
             outstanding=32, cache_words=512, dsp="dsp48e2",
         ),
         OverlayConfig(

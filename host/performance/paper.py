@@ -17,7 +17,7 @@ from skipopu.hw.config import OverlayConfig
 
 from ..errors import CompileError, RequestError
 from ..timeline import blocks
-from .fit import Fit, Workload, fit, resized, run_at
+from .fit import Fit, Workload, fit, run_at
 from .geometries import find_geometry
 from .outline import outline
 
@@ -126,33 +126,31 @@ def _whole_report(path: str, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Decode:
-    """A run of decode that is predicted: options of `Workload`, and other sizes of the configuration."""
+    """A run of decode that is predicted: options of `Workload`."""
 
     skip: float = 0.25
     kind: str = _KINDS[0]
     kv_format: str = "fp16"
     buffer: int | None = None
-    sizes: tuple[str, ...] = ()
 
     def text(self, name: str) -> str:
         parts = [name, f"{self.skip:.0%} skipped" if self.skip else "dense", self.kind]
         parts += [f"{self.kv_format}-bit KV"] if self.kv_format != "fp16" else []
         parts += ["no history buffer"] if self.buffer == 0 else []
-        return ", ".join([*parts, *self.sizes])
+        return ", ".join(parts)
 
     def command(self, name: str, config: OverlayConfig) -> str:
         options = [f"--skip {self.skip}"] if self.skip else []
         options += [f"--weights {self.kind}"]
         options += [f"--kv-format {self.kv_format}"] if self.kv_format != "fp16" else []
         options += [f"--buffer {self.buffer}"] if self.buffer is not None else []
-        options += [f"--size {size}" for size in self.sizes]
         return " ".join([f"skipopu fit --geometry {name} --config {config.name} --prompt 128 -n 1024", *options])
 
 
 _RUNS = {
     "llama2-7b": (_Decode(), _Decode(buffer=0), _Decode(kv_format="12"), _Decode(kv_format="8"),
                   _Decode(kind=_KINDS[1]), _Decode(skip=0.0), _Decode(skip=0.0, kind=_KINDS[1])),
-    "llama2-13b": (_Decode(), _Decode(sizes=("kvbuf_heads=128", "state_rows=1280"))),
+    "llama2-13b": (_Decode(),),
     "llama3.1-8b": (_Decode(),),
     "smollm2-135m": (_Decode(),),
 }
@@ -184,7 +182,7 @@ def _decode_rows(name: str, config: OverlayConfig, run: _Decode, paper: tuple[fl
                         kv_format=run.kv_format, buffer=run.buffer)
     text, command = run.text(name), run.command(name, config)
     try:
-        found: Fit = fit(find_geometry(name), resized(config, run.sizes), workload,
+        found: Fit = fit(find_geometry(name), config, workload,
                          lambda line: log(f"{text}: {line}"), prefill=False)
     except CompileError as error:
         yield Row(f"{text}: tokens/s", paper[0], None, "", command, "{:.1f}")
@@ -235,9 +233,8 @@ def decode_section(config: OverlayConfig, log: Log, names: Sequence[str] = tuple
         "FIFOs and KV tiles hold, so that the memory is used a little less well than without, and a token takes less "
         "time. With narrow records attention is bound by the array and the vector unit: the buffer saves bytes there, "
         "no time. Every token skips exactly a quarter of its attentions and of its MLPs.",
-        "**Llama-2-13B** needs softmax states for 40 heads (`state_rows` 1280) and a KV buffer for as many "
-        "(`kvbuf_heads` 128), which is another build: twice the depth of its 64 memories, 14 block RAMs more for each, "
-        "by the formula of `skipopu explore` 2,353 of the U280's 2,016.",
+        "**Llama-2-13B** is what the preset's softmax states and KV buffer are sized for, 40 heads of 128 "
+        "(`state_rows` 1280, `kvbuf_heads` 80). For 7B 64 would do, with 7 block RAMs less in each of 64 memories.",
         "The paper names two values of efficiency, 88.4% and 89.1%, without saying of what; we take 7B and 13B.",
         "Accuracy with 25% skipped, reused keys and 4-bit weights is nowhere in the paper; see "
         "[dynamic-computation.md](dynamic-computation.md) for what it costs here.",

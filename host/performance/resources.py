@@ -18,7 +18,7 @@ __all__ = ["DEVICE", "estimate_resources"]
 
 #: Of the U280's device.
 DEVICE = {"luts": 1_303_680, "ffs": 2_607_360, "dsps": 9024, "bram36": 2016, "uram": 960}
-_BRAM = 512 * 72  # bits of a memory, which can be deeper and narrower
+_BRAM18 = ((512, 36), (1024, 18), (2048, 9))  # words and bits of half a BRAM36
 _URAM = 4096 * 72
 _SHALLOW = 128  # words up to which a memory is made of LUTs, 64 bits each
 
@@ -38,12 +38,12 @@ _FIXED: _Cost = (7100, 7300, 8)  # control, fetch, registers
 
 
 def _memory(words: int, bits: int) -> dict[str, float]:
-    """What one memory takes; a BRAM36 is two halves."""
+    """What one memory takes."""
     if words <= _SHALLOW:
         return {"luts": ceil(words / 64) * bits}
     if words >= 4096:
         return {"uram": ceil(words * bits / _URAM)}
-    return {"bram36": ceil(2 * words * bits / _BRAM) / 2}
+    return {"bram36": min(ceil(words / depth) * ceil(bits / width) for depth, width in _BRAM18) / 2}
 
 
 def estimate_resources(config: OverlayConfig) -> dict[str, int]:
@@ -57,11 +57,11 @@ def estimate_resources(config: OverlayConfig) -> dict[str, int]:
                (_NARROW_PORT_BIT, config.port_bits * config.kv_narrow), (_PORT, ports), (_WRITE_BIT, width)]
     total = {name: sum(cost[index] * count for cost, count in counted)
              for index, name in enumerate(("luts", "ffs", "dsps"))} | {"bram36": 0.0, "uram": 0.0}
-    tile_words = config.tile_tokens // ports * 2 * config.kvbuf_heads * config.lanes // config.beat_elements
     memories = [(config.abuf_rows, 32 * elements)] * 2 + [  # two reads a cycle: two copies
         (config.mbuf_rows, MANTISSA_BITS * config.lanes + 40 * config.blocks), (config.kvout_rows, config.port_bits),
         (config.router_rows, 32 * elements), (config.cache_words, 256)]
-    memories += [(tile_words, config.port_bits)] * 2 * ports  # even and odd rows, of two tiles
+    # Keys and values of even and of odd rows, of two tiles.
+    memories += [(config.tile_tokens // ports * beats, config.port_bits) for beats in config.kv_parts] * 2 * ports
     memories += [(config.fifo_beats, config.port_bits + 2), (rows * config.history_layers, 17),
                  (rows, config.history_layers + 1)] * ports
     if config.buffer_beats:

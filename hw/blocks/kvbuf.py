@@ -5,11 +5,11 @@ of each token is found; while it is read every element is shifted to that expone
 Narrow records (`isa.KvFormat`) bring their exponents, and mantissas that only have to be put together.
 
 Each port writes its own records, when they arrive, into memories of its own: one for even, one for odd rows of records.
-A tile is read from both in a cycle: beat b of the records of tokens r*P .. r*P + 2P-1, r even, at address {slot, r, b}.
+A tile is read from both in a cycle: beat b of the records of tokens r*P .. r*P + 2P-1, r even, at address {b, slot, r}.
 So the array can take tiles at twice the pace of the memory ports, which is what they supply with the history buffer.
-All sizes are powers of two, so a tile's addresses are joined fields and one addition. Where there are narrow records
-such a memory is two halves: beats of FP16 fill one behind the other, high planes lie in the first, low planes in the
-second, so that both planes of E elements are read in a cycle.
+Slots and rows are powers of two, so an address is joined fields, of any number of beats; which beat is one addition.
+Where there are narrow records such a memory is two: beats of FP16 fill one and then the other, high planes lie in the
+first, low planes in the second, so that both planes of E elements are read in a cycle.
 """
 
 import numpy as np
@@ -190,8 +190,7 @@ class KvBuffer(wiring.Component):
         m = Module()
         config = self.config
         rows = config.tile_tokens // config.ports
-        beats = 2 * config.kvbuf_heads * config.lanes // config.beat_elements  # of a record, at most
-        beat_bits = beats.bit_length() - 1
+        beat_bits = (config.kv_beats - 1).bit_length()
 
         # ---- slots: given in turn, full when every port has written its records -------------------------------
         taken, write_slot, release_slot, full_slot = Signal(2), Signal(), Signal(), Signal()
@@ -220,8 +219,8 @@ class KvBuffer(wiring.Component):
 
         # ---- write: memories of each port for even and odd rows of records, and of the exponents -----------------
         half = rows // 2  # rows of a memory
-        head_bits = config.kvbuf_heads.bit_length() - 1
-        parts = 2 if config.kv_narrow else 1  # of a memory
+        head_bits = (config.kvbuf_heads - 1).bit_length()
+        parts = config.kv_parts  # of a memory
         banks, exponents, buffered = [], {"k": [], "v": []}, []  # [port][parity]
         for p in range(config.ports):
             m.submodules[f"port{p}"] = source = KvPort(config=config)
@@ -236,12 +235,12 @@ class KvBuffer(wiring.Component):
             of_port = []
             for parity, (write, written) in enumerate(zip(source.write, source.written)):
                 of_bank = []
-                for part in range(parts):
-                    bank = Memory(shape=config.port_bits, depth=2 * half * beats // parts, init=[])
-                    m.submodules[f"bank{p}_{parity}" + "ab"[part] * (parts - 1)] = bank
-                    port, within = bank.write_port(), beat_bits - parts + 1
+                for part, beats in enumerate(parts):
+                    bank = Memory(shape=config.port_bits, depth=2 * half * beats, init=[])
+                    m.submodules[f"bank{p}_{parity}" + "ab"[part] * (len(parts) - 1)] = bank
+                    port, within = bank.write_port(), beat_bits - len(parts) + 1
                     m.d.comb += [port.en.eq(write.en & (write.beat >> within == part)), port.data.eq(written),
-                                 port.addr.eq(Cat(write.beat[:within], write.row[1:], write.slot))]
+                                 port.addr.eq(Cat(write.row[1:], write.slot, write.beat[:within]))]
                     of_bank.append(bank.read_port())
                 of_port.append(of_bank)
             banks.append(of_port)
@@ -251,12 +250,12 @@ class KvBuffer(wiring.Component):
                     memory = Memory(shape=data.ArrayLayout(EXPONENT_BITS, half), depth=2 * config.kvbuf_heads, init=[])
                     m.submodules[f"{side}_exponents{p}_{parity}"] = memory
                     port = memory.write_port(granularity=1)
-                    m.d.comb += [port.addr.eq(Cat(exponent.head[:head_bits], exponent.slot)),
+                    m.d.comb += [port.addr.eq(Cat(exponent.slot, exponent.head)),
                                  port.en.eq(exponent.en[number] << exponent.row[1:]),
                                  *(part.eq(exponent.exponents[number]) for part in port.data)]
                     port = memory.read_port(domain="comb")
-                    m.d.comb += port.addr.eq(Cat(getattr(self, f"{side}_head")[:head_bits],
-                                                 getattr(self, f"{side}_slot")))
+                    m.d.comb += port.addr.eq(Cat(getattr(self, f"{side}_slot"),
+                                                 getattr(self, f"{side}_head")[:head_bits]))
                     of_port.append((port, memory.read_port()))
                 memories.append(of_port)
         m.d.comb += self.buffered.eq(tree_sum(buffered))
@@ -322,12 +321,12 @@ class KvBuffer(wiring.Component):
                 wanted = issue if pairs else issue & (a_side.row[0] == parity)
                 for bank, at in zip(banks[p][parity], within):
                     m.d.comb += [bank.en.eq(wanted & ~a_side.zero),
-                                 bank.addr.eq(Cat(at, a_side.row[1:], tile.slot))]
+                                 bank.addr.eq(Cat(a_side.row[1:], tile.slot, at))]
                 found = []
                 for number, memories in enumerate(exponents.values()):
                     _, port = memories[p][parity]
                     m.d.comb += [port.en.eq(wanted & (tile.value == number)),
-                                 port.addr.eq(Cat(tile.head[:head_bits], tile.slot))]
+                                 port.addr.eq(Cat(tile.slot, tile.head[:head_bits]))]
                     found.append(port.data[b_side.row[1:]])
                 lines[parity][0].append(Cat(bank.data for bank in banks[p][parity]))
                 lines[parity][1].append(Mux(b_side.value, found[1], found[0]))

@@ -53,10 +53,9 @@ def KvRecord(config):
 
 def KvWrite(config):
     """Where a beat goes, while ``en``: it is beat ``beat`` of the record in ``row`` of a slot. Beats of high planes
-    count from 0, those of low planes from the middle."""
+    count from 0, those of low planes from where the second part of a memory begins."""
     rows = config.tile_tokens // config.ports
-    beats = 2 * config.kvbuf_heads * config.lanes // config.beat_elements
-    return data.StructLayout({"en": 1, "slot": 1, "row": range(rows), "beat": range(beats)})
+    return data.StructLayout({"en": 1, "slot": 1, "row": range(rows), "beat": range(config.kv_beats)})
 
 
 def KvExponent(config):
@@ -222,7 +221,7 @@ class KvIntake(wiring.Component):
             narrow.eq(shape.format != KvFormat.FP16), leading.eq(narrow & ~behind),
             values.eq(Mux(slot, self.values[1], self.values[0])),
             ends.eq(position == ((values - 1) >> part[0])[:16]),
-            pair.eq(Cat(kept).word_select(position[:(elements * len(kept)).bit_length() - 1], 2 * EXPONENT_BITS)),
+            pair.eq(Cat(kept).word_select(position[:(elements * len(kept) - 1).bit_length()], 2 * EXPONENT_BITS)),
         ]
         for index, exponents in enumerate(kept):
             with m.If(accept & leading & (beat == index)):

@@ -219,7 +219,7 @@ def test_more_records_than_pointers_can_name():
 # what fits
 
 @pytest.mark.parametrize(("geometry", "limit", "advice"), [
-    ({"heads": 36, "kv_heads": 36, "head_dim": 8}, "state_rows", "no preset"),
+    ({"heads": 44, "kv_heads": 44, "head_dim": 8}, "state_rows", "no preset"),
     ({"heads": 24, "kv_heads": 1, "head_dim": 8}, "acc_rows", "use configuration sim or u280"),
     ({"hidden": 16384, "layers": 1, "vocab": 8}, "abuf_rows", "u280"),
     ({"heads": 32, "kv_heads": 32, "head_dim": 64}, "kvbuf_heads", "u280"),

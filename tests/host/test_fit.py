@@ -73,11 +73,13 @@ def test_data_of_writes_wait_for_the_reads_before():
 
 
 def test_other_sizes_make_another_configuration():
-    assert resized(SIM, ["kvbuf_heads=32"]).kvbuf_heads == 32 and resized(SIM, ()) is SIM
+    assert resized(SIM, ["kvbuf_heads=80"]).kvbuf_heads == 80 and resized(SIM, ()) is SIM
     with pytest.raises(RequestError, match="a size is like kvbuf_heads=128, not 'heads=3'"):
         resized(SIM, ["heads=3"])
-    with pytest.raises(ConfigError, match="kvbuf_heads must be a power of two, not 80"):
-        resized(SIM, ["kvbuf_heads=80"])
+    with pytest.raises(ConfigError, match="kvbuf_heads must be a positive number, not 0"):
+        resized(SIM, ["kvbuf_heads=0"])
+    with pytest.raises(ConfigError, match="kvout_rows must be a power of two, not 80"):
+        resized(SIM, ["kvout_rows=80"])
 
 
 def test_narrow_kv_records_save_their_bytes():

@@ -10,7 +10,10 @@ TINY = preset("tiny")
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"lanes": 12}, "lanes must be a power of two, not 12"),
-    ({"tokens": 0}, "tokens must be a power of two, not 0"),
+    ({"tokens": 0}, "tokens must be a positive number, not 0"),
+    ({"kvbuf_heads": 0}, "kvbuf_heads must be a positive number, not 0"),
+    ({"kvbuf_heads": 2.5}, "kvbuf_heads must be a positive number, not 2.5"),
+    ({"state_rows": -8}, "state_rows must be a positive number, not -8"),
     ({"columns": 8}, "columns must be at least 2 x lanes"),
     ({"port_bits": 16}, "port_bits must be 32..512, not 16"),
     ({"port_bits": 256}, "must not exceed lanes"),

@@ -36,7 +36,7 @@ from skipopu.sim.bench import (
 
 TINY = preset("tiny")
 WIDE = dataclasses.replace(  # four ABUF rows in a superbeat
-    TINY, name="wide", ports=8, fifo_beats=256, outstanding=16, history_layers=16, history_tokens=128)
+    TINY, name="wide", ports=8, fifo_beats=256, outstanding=16, history_layers=16, history_tokens=128, kvbuf_heads=10)
 SUPERBEATS = 16384
 LAYERS = 10
 PLACES = 1000

@@ -27,7 +27,8 @@ from skipopu.sim.bench import (
 )
 
 TINY = preset("tiny")
-WIDE = dataclasses.replace(TINY, name="wide", ports=8, tokens=16)  # four rows of logits in a superbeat
+# four rows of logits in a superbeat, a number of heads that is no power of two
+WIDE = dataclasses.replace(TINY, name="wide", ports=8, tokens=16, kvbuf_heads=21)
 SUPERBEATS = 2048
 
 

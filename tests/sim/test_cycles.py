@@ -22,7 +22,7 @@ from skipopu.sim.native import MemoryTiming
 TOLERANCE = 0.02
 MICRO = OverlayConfig(  # as small as it gets, and another shape than tiny in all that takes time
     name="micro", lanes=4, columns=8, ports=2, port_bits=32, vector_lanes=2, tokens=2, acc_rows=8, abuf_rows=2048,
-    mbuf_rows=1024, kvbuf_heads=32, router_rows=256, history_tokens=128, history_layers=4, buffer_beats=64,
+    mbuf_rows=1024, kvbuf_heads=21, router_rows=256, history_tokens=128, history_layers=4, buffer_beats=64,
     kvout_rows=512, state_rows=32, fifo_beats=64, burst_beats=32, outstanding=4, queue_depth=8, cache_words=32)
 CONFIGS = {config.name: config for config in (preset("tiny"), MICRO)}
 POINTS = 22  # of each configuration

@@ -14,9 +14,11 @@ from skipopu.host.compiler import compile_model
 from skipopu.host.devices import open_device
 from skipopu.host.layout import pad_to
 from skipopu.host.model import GROUP, GROUPS, Model, QuantTensor
+from skipopu.host.plan import KV_FORMATS, KvSizes
 from skipopu.host.runtime import Accelerator
 from skipopu.hw.config import preset
 from skipopu.sim.native import MemoryTiming
+from test_cycles import MICRO
 
 CONFIG = preset("tiny")
 CONTEXT = 64
@@ -81,11 +83,10 @@ def with_gain(model, name, factor):
     return Model(config=model.config, tensors={**model.tensors, name: norm}, identity=model.identity)
 
 
-def pair_of(model, timing, context=CONTEXT, dsp="generic"):
+def pair_of(model, timing, context=CONTEXT, config=CONFIG, **options):
     """The model on the functional level and on the RTL."""
-    config = dataclasses.replace(CONFIG, dsp=dsp)
-    compiled = compile_model(model, config, context)
-    size = compiled.map.memory * CONFIG.port_bits // 8
+    compiled = compile_model(model, config, context, **options)
+    size = compiled.map.memory * config.port_bits // 8
     devices = open_device("functional", config, size), open_device("rtl", config, size, timing=TIMINGS[timing])
     return [Accelerator(device, compiled, timeout=120, watchdog=100_000) for device in devices]
 
@@ -134,7 +135,16 @@ def test_random_geometries(seed):
 def test_multipliers_of_a_device(seed, dsp):
     geometry, length, timing = random_geometry(seed)
     model = random_model(seed, **geometry)
-    assert_equal(pair_of(model, timing, dsp=dsp), tokens_of(model, length, seed), 4)
+    assert_equal(pair_of(model, timing, config=dataclasses.replace(CONFIG, dsp=dsp)), tokens_of(model, length, seed), 4)
+
+
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
+def test_a_full_kv_buffer_of_any_size(kv_format):
+    """As many heads as it holds, no power of two; tiles of which the last is not full."""
+    model = random_model(14, layers=1, heads=7, kv_heads=7, head_dim=12, kinds=["f16"])
+    pair = pair_of(model, "half stalled", config=MICRO, kv=KvSizes(format=kv_format))
+    assert model.config.kv_heads * model.config.head_dim // MICRO.lanes == MICRO.kvbuf_heads
+    assert_equal(pair, tokens_of(model, 18, 14), 3)
 
 
 @pytest.mark.parametrize("timing", TIMINGS)
