@@ -11,15 +11,25 @@ import os
 import sys
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
 from common import Row, at_least, at_most, machine, peak_memory, show
 from skipopu.golden.random_model import random_model
+from skipopu.host.compiled import Compiled
 from skipopu.host.errors import SkipopuError
 from skipopu.host.model import Model
 from skipopu.host.report import memory_report
+from skipopu.host.routes import RandomRoutes
 from skipopu.host.runtime import Accelerator, RunStats
-from skipopu.host.session import compile_source, open_accelerator, open_source, prompt_tokens
+from skipopu.host.session import (
+    Routing,
+    compile_source,
+    open_accelerator,
+    open_source,
+    prompt_tokens,
+    route_source,
+)
 from skipopu.hw.config import OverlayConfig
 
 TARGETS = {
@@ -48,12 +58,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", default="The capital of France is a city on the river", help="text to continue")
     parser.add_argument("--count", type=int, default=16, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--context", type=int, default=128, help="positions to provide for (default: %(default)s)")
+    parser.add_argument("--skip", type=float, metavar="RATE", help="skip exactly this share of the attentions and of "
+                                                                   "the MLPs, with KV reuse; drawn by seed 1")
+    parser.add_argument("--memory", choices=("ideal", "hbm"), default="ideal",
+                        help="timing of the simulated memory (default: %(default)s)")
     parser.add_argument("--rebuild", action="store_true", help="measure a build into an empty cache")
     return parser.parse_args()
 
 
-def open_rtl(compiled, rebuild: bool) -> tuple[Accelerator, float, float]:
-    """The model on the RTL; seconds of the build (0 if it came from the cache), seconds of a start from the cache."""
+def open_rtl(compiled: Compiled, rebuild: bool, **options: Any) -> tuple[Accelerator, float, float]:
+    """The model on the RTL; seconds of the build (0 if it came from the cache), seconds of a start from the cache.
+
+    options : of `open_accelerator`
+    """
     folder = tempfile.TemporaryDirectory() if rebuild else None
     if folder is not None:
         os.environ["SKIPOPU_CACHE"] = folder.name
@@ -64,13 +81,13 @@ def open_rtl(compiled, rebuild: bool) -> tuple[Accelerator, float, float]:
         print(f"  {line}", flush=True)
 
     begin = time.perf_counter()
-    accelerator = open_accelerator("rtl", compiled, log)
+    accelerator = open_accelerator("rtl", compiled, log, **options)
     seconds, built = time.perf_counter() - begin, bool(lines)
     if not built:
         return accelerator, 0.0, seconds
     accelerator.device.close()
     begin = time.perf_counter()
-    return open_accelerator("rtl", compiled, log), seconds, time.perf_counter() - begin
+    return open_accelerator("rtl", compiled, log, **options), seconds, time.perf_counter() - begin
 
 
 def different(expected: np.ndarray, got: np.ndarray) -> int:
@@ -138,17 +155,20 @@ def main() -> int:
     options = arguments()
     source = random_model(1, context=options.context) if options.model == "random" else open_source(options.model)
     begin = time.perf_counter()
-    compiled = compile_source(source, options.config, options.context)
+    source, routers, _ = route_source(source, Routing(force_skip=options.skip))
+    force = None if options.skip is None else RandomRoutes(options.skip, 1, exact=True)
+    compiled = compile_source(source, options.config, options.context, routers)
     compile_seconds = time.perf_counter() - begin
     if isinstance(source, Model) and source.tokenizer is None:
         prompt = [(7 * index + 3) % compiled.map.vocab for index in range(11)]
     else:
         prompt = prompt_tokens(source, options.prompt)
     print(f"{compiled.map.model} on configuration {compiled.config.name}: {len(prompt)} tokens of prompt, "
-          f"{options.count} generated; {machine()}", flush=True)
-    rtl, build, start = open_rtl(compiled, options.rebuild)
+          f"{options.count} generated, {options.skip or 0:.0%} skipped, {options.memory} memory; {machine()}",
+          flush=True)
+    rtl, build, start = open_rtl(compiled, options.rebuild, force=force, memory=options.memory)
     build_memory = peak_memory(children=True)
-    functional = open_accelerator("functional", compiled)
+    functional = open_accelerator("functional", compiled, force=force)
     with rtl.device:
         tokens, compared, wrong = decode(functional, rtl, prompt, options.count)
         equal = not wrong and memories_equal(functional, rtl)

@@ -187,6 +187,12 @@ PRESETS = {
             outstanding=16,
         ),
         OverlayConfig(
+            name="sim16", lanes=32, columns=64, ports=16, port_bits=512, vector_lanes=16, tokens=16, acc_rows=64,
+            abuf_rows=8192, mbuf_rows=4096, kvbuf_heads=16, router_rows=256, history_tokens=8192,
+            history_layers=64, buffer_beats=8192, kvout_rows=512, state_rows=512, fifo_beats=512, burst_beats=16,
+            outstanding=16,
+        ),
+        OverlayConfig(
             name="u280", lanes=64, columns=128, ports=32, port_bits=512, vector_lanes=32, tokens=32, acc_rows=128,
             abuf_rows=16384, mbuf_rows=16384, kvbuf_heads=80, router_rows=1024, history_tokens=8192,
             history_layers=64, buffer_beats=8192, kvout_rows=16384, state_rows=1280, fifo_beats=1024, burst_beats=16,

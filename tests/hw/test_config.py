@@ -37,7 +37,7 @@ def test_burst_fits_the_4_kib_rule():
 
 
 def test_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="unknown configuration 'huge'; known: tiny, sim, u280"):
+    with pytest.raises(ConfigError, match="unknown configuration 'huge'; known: tiny, sim, sim16, u280"):
         preset("huge")
 
 
