@@ -29,7 +29,7 @@ Happened = wiring.Signature({
     "dispatch": Out(1), "dropped": Out(1), "pc": Out(PC_BITS), "start": Out(4), "done": Out(4)})
 
 
-SLEEPERS = ("kvbuf", "vector", "store")  #: parts that have clocks of their own in simulations
+SLEEPERS = ("kvbuf", "vector", "store", "history")  #: parts that have clocks of their own in simulations
 _SLEEPING = {f"{part}_awake": Out(1) for part in SLEEPERS} | {f"{part}_clock": In(1) for part in SLEEPERS}
 _LINGER = 16  # cycles in which what was stirred comes to rest
 
@@ -64,7 +64,7 @@ class Overlay(wiring.Component):
         m.submodules.csr = csr = Csr(config=config)
         m.submodules.fetch = fetch = Fetch(config=config)
         m.submodules.control = control = Control(config=config, fault_sources=2)
-        m.submodules.load = load = LoadUnit(config=config)
+        m.submodules.load = load = LoadUnit(config=config, history_domain="history" if self.sleeps else "sync")
         m.submodules.compute = compute = ComputeUnit(config=config)
         kvbuf, vector, store = KvBuffer(config=config), VectorUnit(config=config), StoreUnit(config=config)
         for part, block in zip(SLEEPERS, (kvbuf, vector, store)):
@@ -74,6 +74,7 @@ class Overlay(wiring.Component):
             self._sleep(m, "kvbuf", [kvbuf.release, *(each.valid for each in streams)])
             self._sleep(m, "vector", [vector.stirs, store.busy, ~csr.control.running])
             self._sleep(m, "store", [store.busy, store.cmd.valid, store.logits.valid, store.places.valid])
+            self._sleep(m, "history", [load.history_stirs])
 
         # Control.
         wiring.connect(m, csr.control, control.csr)
@@ -174,7 +175,11 @@ class Overlay(wiring.Component):
 
 
 class _Top(wiring.Component):
-    """The overlay with its clock and reset as ports."""
+    """The overlay with its clock and reset as ports.
+
+    In a simulation that sleeps the reset comes a cycle later, from a register: a simulator evaluates what depends on
+    inputs twice, and nearly every register depends on the reset.
+    """
 
     def __init__(self, overlay):
         self.overlay = overlay
@@ -183,7 +188,15 @@ class _Top(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         m.domains.sync = ClockDomain()
-        m.d.comb += [ClockSignal().eq(self.clk), ResetSignal().eq(self.rst)]
+        m.d.comb += ClockSignal().eq(self.clk)
+        if self.overlay.sleeps:
+            m.domains.input = ClockDomain(reset_less=True)
+            delayed = Signal()
+            m.d.comb += ClockSignal("input").eq(self.clk)
+            m.d.input += delayed.eq(self.rst)
+            m.d.comb += ResetSignal().eq(delayed)
+        else:
+            m.d.comb += ResetSignal().eq(self.rst)
         m.submodules.overlay = self.overlay
         return m
 

@@ -72,8 +72,11 @@ public:
         top_->s_axil_arvalid = top_->s_axil_rready = 0;
         for (auto& port : ports_) port->reset();
         fetch_->reset();
+        resetting_ = true;
         while (cycles--) clock();
         top_->rst = 0;
+        clock();  // for a top whose reset is a register
+        resetting_ = false;
     }
 
     Stop run(uint64_t cycles, bool stop_on_irq) {
@@ -183,7 +186,7 @@ private:
 
     void clock() {
         top_->clk = 1;
-#define SLEEPER(part) clocks_.part += top_->part##_clock = top_->part##_awake | top_->rst | sleepless_;
+#define SLEEPER(part) clocks_.part += top_->part##_clock = top_->part##_awake | resetting_ | sleepless_;
         SLEEPERS
 #undef SLEEPER
         top_->eval();
@@ -241,7 +244,7 @@ private:
     } clocks_;
 #undef SLEEPER
     std::vector<Event> events_;
-    bool recording_ = false, sleepless_ = false;
+    bool recording_ = false, sleepless_ = false, resetting_ = false;
     uint32_t moved_ = 0;
     uint64_t beats_[PORTS] = {};
     VerilatedContext context_;

@@ -53,6 +53,7 @@ class History(wiring.Component):
         beats of a slot; all of them stable while rows are looked up
     found : Out(1), ``row`` is that of the next row, until ``take``
     row : Out(Found) for each port, undefined where it has no record
+    stirs : Out(1), something may change at the next edge (combinational)
     """
 
     def __init__(self, *, config):
@@ -63,6 +64,7 @@ class History(wiring.Component):
             "begin": In(1), "first": In(range(rows)), "rows": In(range(config.tile_tokens // config.ports + 1)),
             "last": In(config.ports), "layer": In(_LAYER_BITS), "final": In(1), "buffer": In(16), "record": In(16),
             "found": Out(1), "take": In(1), "row": Out(Found(config)).array(config.ports),
+            "stirs": Out(1),
         })
 
     def table(self, m, name, shape, depth):
@@ -102,7 +104,7 @@ class History(wiring.Component):
         m.d.comb += exists.eq(Mux(left == 1, self.last, ~0))
         with m.If(self.take):
             m.d.sync += self.found.eq(0)
-        with m.FSM():
+        with m.FSM() as fsm:
             with m.State("IDLE"):
                 m.d.comb += self.request.ready.eq(1)
                 with m.If(self.request.valid):
@@ -133,6 +135,8 @@ class History(wiring.Component):
                     with m.If((left != 1) & ~self.request.valid):
                         m.d.comb += read_mask.eq(1)
                         m.next = "LAST"
+        m.d.comb += self.stirs.eq(self.request.valid | self.answer.valid | self.begin | self.take | clearing
+                                  | (left != 0) | ~fsm.ongoing("IDLE"))
         with m.If(self.begin):
             m.d.sync += [row.eq(self.first), left.eq(self.rows), size.eq(Cat(self.buffer, self.record))]
             with m.If(size != Cat(self.buffer, self.record)):

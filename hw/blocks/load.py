@@ -11,7 +11,7 @@ A LOADKV with ``reuse`` fills them row by row, as the history finds the places o
 """
 
 import numpy as np
-from amaranth.hdl import Array, Cat, Module, Mux, Signal, signed
+from amaranth.hdl import Array, Cat, DomainRenamer, Module, Mux, Signal, signed
 from amaranth.lib import data, enum, fifo, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -69,15 +69,16 @@ class LoadUnit(wiring.Component):
         before the one that failed
     beats_read : Out(P), a beat has arrived on a port
     weights_read : Out(1), a superbeat was taken from ``weights``; kv_read : Out, how many port beats from ``kv``
+    history_stirs : Out(1), as `stirs` of History, which is in the domain ``history_domain``
     starved : Out(1), a receiver of superbeats waits for memory; blocked : Out(1), a superbeat or a beat of a record
         waits for its receiver
     """
 
-    def __init__(self, *, config):
-        self.config = config
+    def __init__(self, *, config, history_domain="sync"):
+        self.config, self._history_domain = config, history_domain
         ports = config.ports
         super().__init__({
-            "cmd": In(stream.Signature(Command(config))), "done": Out(1), "busy": Out(1),
+            "cmd": In(stream.Signature(Command(config))), "done": Out(1), "busy": Out(1), "history_stirs": Out(1),
             "base": In(64).array(ports), "limit": In(ADDRESS_BITS), "axi": Out(AxiRead(config.port_bits)).array(ports),
             "weights": Out(stream.Signature(8 * config.superbeat_bytes)),
             "abuf": Out(stream.Signature(AbufWrite(config))),
@@ -133,9 +134,11 @@ class LoadUnit(wiring.Component):
         m.submodules.jobs = jobs = fifo.SyncFIFOBuffered(width=_Job.size, depth=_AHEAD)
         m.submodules.tiles = tiles = fifo.SyncFIFOBuffered(width=KvShape(config).size, depth=_AHEAD)
         m.submodules.order = order = fifo.SyncFIFOBuffered(width=1, depth=2 * _AHEAD)
-        m.submodules.history = history = self.history()
+        history = self.history()
+        m.submodules.history = DomainRenamer(self._history_domain)(history)
         wiring.connect(m, history.request, wiring.flipped(self.places))
         m.d.comb += [
+            self.history_stirs.eq(history.stirs),
             self.place.eq(history.answer),
             self.tile.valid.eq(tiles.r_rdy), self.tile.payload.eq(tiles.r_data), tiles.r_en.eq(self.tile.ready),
         ]
