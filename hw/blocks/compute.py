@@ -341,7 +341,10 @@ class ComputeUnit(wiring.Component):
             ]
         m.d.comb += [array.row_en.eq(used), array.row.eq(mbuf.read_data), array.maximum.eq(mbuf.read_maximum),
                      array.control.eq(control)]
-        m.d.comb += [array.codes.eq(self.weights.payload), array.mantissas.eq(self.kv_tile.payload.data.as_value()),
+        numbers = self.kv_tile.payload.data
+        beyond = len(array.mantissas) // len(numbers) - len(numbers[0])  # bits that the array's words are wider
+        m.d.comb += [array.codes.eq(self.weights.payload),
+                     array.mantissas.eq(Cat(Cat(number, number[-1].replicate(beyond)) for number in numbers)),
                      array.load_codes.eq(feed.load_codes), array.load_keys.eq(feed.load_keys),
                      array.load_values.eq(feed.load_values)]
         for n_ in range(config.columns):

@@ -29,6 +29,7 @@ __all__ = ["KvBuffer", "KvRequest", "KvShift", "KvTile"]
 _SIGNIFICAND = 11  #: bits of an FP16 significand with its hidden bit
 #: For each distance of exponents four bits, inverted: how far to shift. Beyond 15 nothing is left, as at 15.
 _FURTHER = Const(sum((15 - distance) << 4 * distance for distance in range(16)), 64)
+_VECTOR_BITS = 1 << 16  #: of the longest vector
 _BELOW = KV_BITS - 1 - _SIGNIFICAND  #: places of a mantissa below the significand of the largest exponent
 
 
@@ -40,10 +41,15 @@ def KvRequest(config):
 def KvTile(config):
     """Mantissas of `kv_step` tokens, index i*E + e: element e of the beat of token i; ``last`` ends the array tile.
 
-    They are as wide as the words of the array's dot products.
+    They are as wide as the words of the array's dot products, or a little less where the longest vector that Verilog
+    promises would not hold them.
     """
     elements = config.kv_step * config.beat_elements
-    return data.StructLayout({"data": data.ArrayLayout(signed(word_bits(config.dsp)), elements), "last": 1})
+    return data.StructLayout({"data": data.ArrayLayout(signed(_tile_bits(config)), elements), "last": 1})
+
+
+def _tile_bits(config):
+    return min(word_bits(config.dsp), (_VECTOR_BITS - 1) // (config.kv_step * config.beat_elements))
 
 
 class KvShift(wiring.Component):
@@ -346,7 +352,7 @@ class KvBuffer(wiring.Component):
         mantissas = []
         for i, (beat, exponent) in enumerate(zip(beat_data, token_exponents)):
             m.submodules[f"shift{i}"] = shift = KvShift(
-                elements=config.beat_elements, narrow=config.kv_narrow, bits=word_bits(config.dsp))
+                elements=config.beat_elements, narrow=config.kv_narrow, bits=_tile_bits(config))
             for part, read in enumerate(shift.beats):
                 m.d.comb += read.eq(beat.word_select(part, config.port_bits))
             own = ~b_side.zero
