@@ -25,7 +25,7 @@ from skipopu.host.tuning.stories import can_tell, tell
 from skipopu.hw.config import preset
 from skipopu.sim.serial_line import NoisyLine, SimulatedBoard
 
-MEMORY, CLOCK_HZ, BAUD = 1 << 17, 25_000_000, 1_000_000  # of the board
+MEMORY, CLOCK_HZ, BAUD = 1 << 18, 25_000_000, 1_000_000  # of the board
 ROUND_TRIP = 1e-3  # seconds that a request takes besides its bytes: the USB chip's low latency mode
 UNSEEN = 77  # seed of stories that no training used
 TARGET = 5.0  # tokens/s

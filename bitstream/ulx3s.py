@@ -16,7 +16,7 @@ __all__ = ["BAUD", "CLOCK_HZ", "MEMORY_BYTES", "PART", "Ulx3s", "build"]
 
 CLOCK_HZ = 25_000_000
 BAUD = 1_000_000
-MEMORY_BYTES = 1 << 17  #: behind each of two ports: 128 of the 208 block RAMs
+MEMORY_BYTES = 1 << 18  #: behind the one port: 128 of the 208 block RAMs
 PART = ecp5.Ecp5Part(size="85k", package="CABGA381", speed=6, multipliers=156)
 
 

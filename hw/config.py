@@ -12,6 +12,7 @@ from skipopu.hw.isa import MAX_LAYERS, KvFormat
 
 __all__ = ["ConfigError", "DSPS", "OverlayConfig", "PRESETS", "preset"]
 
+_RESULTLESS = ("dsp", "counters", "passes", "compact")  # change no result: the same program runs with any
 DSPS = ("generic", "dsp48e2", "mult18x18d")  #: multipliers: any, AMD UltraScale(+), Lattice ECP5
 
 
@@ -49,11 +50,13 @@ class OverlayConfig:
     queue_depth: int = 8  #: instructions waiting per unit
     cache_words: int = 256  #: instruction cache, 256-bit words
     dsp: str = "generic"  #: multipliers that the PE array is made of, one of DSPS; changes no result and no timing
+    passes: int = 1  #: cycles in which the array takes a row, columns / passes of its columns in each
+    compact: bool = False  #: one unit for all vector lanes, beats four cycles apart; registers of control in a memory
     kv_narrow: bool = True  #: formats of KV records other than FP16
-    counters: bool = True  #: of cycles and events; without, their registers read zero; changes no result and no timing
+    counters: bool = True  #: of events; without, only cycles and instructions are counted; changes no result and no timing
 
     def __post_init__(self):
-        plain = {"name", "dsp", "counters", "kv_narrow"} | ({"buffer_beats"} if self.buffer_beats == 0 else set())
+        plain = {"name", "dsp", "compact", "counters", "kv_narrow"} | ({"buffer_beats"} if self.buffer_beats == 0 else set())
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in plain:
@@ -65,6 +68,11 @@ class OverlayConfig:
         relations = [
             (self.dsp in DSPS, f"dsp must be one of {', '.join(DSPS)}, not {self.dsp!r}"),
             (self.port_bits in (32, 64, 128, 256, 512), f"port_bits must be 32..512, not {self.port_bits}"),
+            (self.passes <= 8 and (self.passes == 1 or self.dsp != "dsp48e2"),
+             "passes must be at most 8, and 1 with dsp48e2"),
+            (self.columns // self.passes >= self.vector_lanes,
+             "columns / passes must be at least vector_lanes"),
+            (not self.compact or self.vector_lanes == 2, "vector_lanes must be 2 if compact"),
             (self.columns >= 2 * self.lanes, "columns must be at least 2 x lanes (gate and up share a column tile)"),
             (self.beat_elements <= self.lanes, "a port beat (port_bits / 16 elements) must not exceed lanes"),
             (self.vector_lanes <= self.beat_elements, "vector_lanes must not exceed port_bits / 16"),
@@ -142,7 +150,7 @@ class OverlayConfig:
     @property
     def config_hash(self):
         """First 32 bits of the SHA-256 of all sizes; readable from the hardware."""
-        sizes = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("dsp", "counters")}
+        sizes = {name: value for name, value in dataclasses.asdict(self).items() if name not in _RESULTLESS}
         text = json.dumps(sizes, sort_keys=True)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
@@ -199,10 +207,10 @@ PRESETS = {
             outstanding=32, cache_words=512, dsp="dsp48e2",
         ),
         OverlayConfig(
-            name="ulx3s", lanes=4, columns=8, ports=2, port_bits=64, vector_lanes=2, tokens=1, acc_rows=4,
+            name="ulx3s", lanes=4, columns=8, ports=1, port_bits=64, vector_lanes=2, tokens=1, acc_rows=4,
             abuf_rows=512, mbuf_rows=128, kvbuf_heads=8, router_rows=256, history_tokens=256, history_layers=16,
             buffer_beats=0, kvout_rows=256, state_rows=8, fifo_beats=16, burst_beats=8, outstanding=4, queue_depth=2,
-            cache_words=64, dsp="mult18x18d", kv_narrow=False,
+            cache_words=64, dsp="mult18x18d", passes=4, compact=True, kv_narrow=False, counters=False,
         ),
     ]
 }

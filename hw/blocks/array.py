@@ -8,11 +8,14 @@ Stages (`docs/numerics.md`, Weights; `docs/pe-array.md`):
 
 The accumulators have two banks: one accumulates while the other drains, or one does both in turn. How many cycles the
 stages take depends on the multipliers; rows, tiles and scales enter, and results are ready, at the same time with all.
+
+With ``passes`` a small array serves all columns, some in each of as many cycles: everything but the tile and the
+accumulators is there once for `at_once` columns. Rows then follow each other at a distance of as many cycles.
 """
 
 from types import SimpleNamespace
 
-from amaranth import Cat, Module, Mux, Signal, signed, unsigned
+from amaranth import Array, Cat, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -24,7 +27,7 @@ from .dsp import W_C, XY_M, Z_ZERO, Dsp48e2
 from .mbuf import AlignedRow, sum_shape
 from .trees import tree_sum
 
-__all__ = ["ColumnPair", "PeArray", "RowControl", "Scale", "tile_beats"]
+__all__ = ["ColumnPair", "PeArray", "RowControl", "Scale", "at_once", "tile_beats"]
 
 _SIGNIFICAND_BITS = 13
 _SCALED_BITS = 38
@@ -58,6 +61,11 @@ def tile_beats(config):
             (config.lanes // step) * (config.columns // elements))
 
 
+def at_once(config):
+    """Columns that the array computes in one cycle."""
+    return config.columns // config.passes
+
+
 def _times(config):
     """When things happen, in cycles after a row enters."""
     if _stepwise(config):
@@ -80,13 +88,14 @@ def _delay(m, value, cycles, name, reset_less=True):
 
 
 class ColumnPair(wiring.Component):
-    """Two columns: tile registers, dot products, scaling and accumulators.
+    """Two columns: tile registers, dot products, scaling and accumulators; with passes two in each of them.
 
     Members
     -------
     mantissa : per lane; code (less 8), key, value : what may go to each word (keys and values have one source if they
         come in the same places); load : a word is written, load_code, load_value : with a code, with a value; all of
-        them at the row's time plus the lane's `skew`
+        them at the row's time plus the lane's `skew`. Words of a pass follow those of the one before
+    turn, acc_turn, drain_turn : the pass at the row's time, of what is accumulated, of what is drained
     bias : added to the dot products of a block, at the row's time
     scale, minimum, exponent_gap : one cycle after the row
     sum : of a block's mantissas, or 0 where no minimum is added, when the dot products are ready
@@ -98,12 +107,13 @@ class ColumnPair(wiring.Component):
     def __init__(self, *, config):
         self.config = config
         lanes, blocks, acc_row = config.lanes, config.blocks, range(2 * config.acc_rows)
-        word = signed(word_bits(config.dsp))
+        word, words = signed(word_bits(config.dsp)), 2 * config.passes
         members = {
             "mantissa": In(signed(32 if config.dsp == "generic" else 16)).array(lanes),
-            "code": In(CODE_BITS).array(2, lanes),
-            **{name: In(word).array(2, lanes) for name in (("key",) if _shared_source(config) else ("key", "value"))},
-            "load": In(1).array(2, lanes), "load_code": In(1).array(2, lanes),
+            "code": In(CODE_BITS).array(words, lanes),
+            **{name: In(word).array(words, lanes)
+               for name in (("key",) if _shared_source(config) else ("key", "value"))},
+            "load": In(1).array(words, lanes), "load_code": In(1).array(words, lanes),
             "bias": In(signed(BIAS_BITS)).array(blocks),
             "scale": In(Scale()).array(2, blocks), "minimum": In(Scale()).array(2, blocks),
             "exponent_gap": In(6).array(blocks), "sum": In(sum_shape(config)).array(blocks),
@@ -111,7 +121,9 @@ class ColumnPair(wiring.Component):
             "drain_row": In(acc_row), "drain": Out(signed(ACC_BITS)).array(2),
         }
         if not _shared_source(config):
-            members["load_value"] = In(1).array(2, lanes)
+            members["load_value"] = In(1).array(words, lanes)
+        if config.passes > 1:
+            members |= dict.fromkeys(("turn", "acc_turn", "drain_turn"), In(range(config.passes)))
         if not _stepwise(config):
             members |= {"dot_en": In(1), "scale_en": In(1), "shift_en": In(1)}
         super().__init__(members)
@@ -145,11 +157,12 @@ class ColumnPair(wiring.Component):
         return m
 
     def _tile(self, m):
-        """The tile registers [column][lane]. A code leaves zeros in front of it, which costs a reset, not a gate."""
+        """The words of this cycle [column][lane], from the tile registers. A code leaves zeros in front of it, which
+        costs a reset, not a gate."""
         words = [[Signal(signed(word_bits(self.config.dsp)), name=f"word{c}_{k:02}", reset_less=True)
-                  for k in range(self.config.lanes)] for c in range(2)]
-        for c in range(2):
-            for k, word in enumerate(words[c]):
+                  for k in range(self.config.lanes)] for c in range(2 * self.config.passes)]
+        for c, column in enumerate(words):
+            for k, word in enumerate(column):
                 code, number = self.code[c][k] ^ (1 << CODE_BITS - 1), self.key[c][k]
                 if not _shared_source(self.config):
                     number = Mux(self.load_value[c][k], self.value[c][k], number)
@@ -163,7 +176,10 @@ class ColumnPair(wiring.Component):
                     m.d.sync += word[CODE_BITS:].eq(0)
                 with m.Elif(self.load[c][k]):
                     m.d.sync += word[CODE_BITS:].eq(number[CODE_BITS:])
-        return words
+        if self.config.passes == 1:
+            return words
+        return [[Array(word[k] for word in words[c::2])[self.turn] for k in range(self.config.lanes)]
+                for c in range(2)]
 
     def _scaled(self, m, dot, b, c):
         """(value, shift) of the weights and of the minimum, at the same time."""
@@ -212,9 +228,12 @@ class ColumnPair(wiring.Component):
         old = []
         bank, address, drain_bank, drain_address = (
             self.acc_row[-1], self.acc_row[:-1], self.drain_row[-1], self.drain_row[:-1])
+        if self.config.passes > 1:
+            address, drain_address = Cat(address, self.acc_turn), Cat(drain_address, self.drain_turn)
         total = Signal(signed(ACC_BITS), name=f"total{c}")
         for number in range(2):
-            m.submodules[f"acc{c}_{number}"] = acc = Memory(shape=signed(ACC_BITS), depth=self.config.acc_rows, init=[])
+            m.submodules[f"acc{c}_{number}"] = acc = Memory(
+                shape=signed(ACC_BITS), depth=self.config.acc_rows * self.config.passes, init=[])
             read, write = acc.read_port(domain="comb"), acc.write_port()
             mine = Signal(name=f"accumulates{c}_{number}")
             m.d.comb += [mine.eq(self.acc_en & (bank == number)),
@@ -239,9 +258,10 @@ class PeArray(wiring.Component):
     mantissas, load_keys, load_values : step of the KV buffer, and which one of a K or V tile it is
     swap : the next tile, loaded before, is in use for rows that enter in later cycles; another one may be loaded
     row_en, row, maximum, control : an MBUF row enters (stage 1), with its vector's largest exponent
-    scale, minimum : scales of the tile in use, valid one cycle after row_en of its rows
+    scale, minimum : scales of the tile in use, valid one cycle after row_en of its rows; with passes those of the
+        columns of scale_turn (combinational)
     tile_done : every row of a column tile is in the accumulators (`latency` cycles after its last row)
-    drain_row, drain : accumulators of one row (combinational), but not while drain_busy
+    drain_row, drain : accumulators of one row (combinational), but not while drain_busy; with passes those of drain_turn
     """
 
     latency = 14
@@ -254,22 +274,26 @@ class PeArray(wiring.Component):
             "mantissas": In(word_bits(config.dsp) * config.kv_step * config.beat_elements),
             "load_codes": In(codes), "load_keys": In(keys), "load_values": In(values), "swap": In(1),
             "row_en": In(1), "row": In(AlignedRow(config)), "maximum": In(signed(9)), "control": In(RowControl(config)),
-            "scale": In(Scale()).array(config.columns, config.blocks),
-            "minimum": In(Scale()).array(config.columns, config.blocks),
+            "scale": In(Scale()).array(at_once(config), config.blocks),
+            "minimum": In(Scale()).array(at_once(config), config.blocks),
             "tile_done": Out(1), "drain_busy": Out(1),
-            "drain_row": In(range(2 * config.acc_rows)), "drain": Out(signed(ACC_BITS)).array(config.columns),
-        })
+            "drain_row": In(range(2 * config.acc_rows)), "drain": Out(signed(ACC_BITS)).array(at_once(config)),
+        } | ({"scale_turn": Out(range(config.passes)), "drain_turn": In(range(config.passes))}
+             if config.passes > 1 else {}))
 
     def elaborate(self, platform):
         m = Module()
         config, times = self.config, _times(self.config)
         stepwise = _stepwise(config)
         pairs = [place(m, platform, f"pair{i}", lambda: ColumnPair(config=config), module="column_pair")
-                 for i in range(config.columns // 2)]
+                 for i in range(at_once(config) // 2)]
         self._load(m, pairs)
 
         # The row and its control at each stage. Stages that wait for a row are skipped by a simulator.
-        enables = [self.row_en]
+        turn = Signal(range(config.passes))  # 0 but in further passes of a row
+        enables = [self.row_en | turn.any()]
+        with m.If(enables[0]):
+            m.d.sync += turn.eq(turn + 1)
         for age in range(1, self.latency):
             enables.append(_delay(m, enables[-1], 1, f"row_en_{age}", reset_less=False))
 
@@ -282,7 +306,13 @@ class PeArray(wiring.Component):
             return value
 
         control = at(self.control, times.added, "control")
-        last = _delay(m, enables[times.added] & control.last, self.latency - times.added, "last",
+        if config.passes > 1:
+            m.d.comb += self.scale_turn.eq(at(turn, 1, "scale_turn"))
+            acc_turn = at(turn, times.added, "acc_turn")
+            done = control.last & acc_turn.all()
+        else:
+            done = control.last
+        last = _delay(m, enables[times.added] & done, self.latency - times.added - config.passes + 1, "last",
                       reset_less=False)
         m.d.comb += [self.tile_done.eq(last), self.drain_busy.eq(
             enables[times.added] & ~control.first & (control.acc[-1] == self.drain_row[-1]))]
@@ -304,6 +334,8 @@ class PeArray(wiring.Component):
                 pair.acc_en.eq(enables[times.added]), pair.acc_row.eq(control.acc), pair.acc_first.eq(control.first),
                 pair.drain_row.eq(self.drain_row), *(port.eq(value) for port, value in zip(pair.mantissa, mantissas)),
             ]
+            if config.passes > 1:
+                m.d.comb += [pair.turn.eq(turn), pair.acc_turn.eq(acc_turn), pair.drain_turn.eq(self.drain_turn)]
             for b, (gap, bias, total) in enumerate(blocks):
                 m.d.comb += [pair.exponent_gap[b].eq(gap), pair.bias[b].eq(bias), pair.sum[b].eq(total)]
             for c in range(2):
@@ -373,7 +405,8 @@ class PeArray(wiring.Component):
 
         per_beat = columns // config.tile_beats
         for n in range(columns):
-            pair, c = pairs[n // 2], n % 2
+            turn, column = divmod(n, at_once(config))
+            pair, c = pairs[column // 2], 2 * turn + column % 2
             for k in range(lanes):
                 age = _times(config).row + skew(config.dsp, k)
                 in_use, code_in_use, value_in_use = stages[age][4]

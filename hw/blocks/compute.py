@@ -20,7 +20,7 @@ from amaranth.lib.wiring import In, Out
 from .. import isa
 from ..formats import ACC_BITS, CODE_BITS, KV_FRACTION
 from ..isa import MatmulMode
-from .array import PeArray, RowControl, Scale, tile_beats
+from .array import PeArray, RowControl, Scale, at_once, tile_beats
 from .command import Command, fields
 from .half import half_parts
 from .kvbuf import KvRequest, KvTile
@@ -51,7 +51,8 @@ class TileFeed(wiring.Component):
     arrived : the last superbeat of a tile is written at this clock edge
     swap : the tile that has arrived is taken for use
     load_codes, load_keys, load_values : to the array
-    use_first : the first row of the tile is in use; scale and minimum follow one cycle later
+    use_first : the first row of the tile is in use; scale and minimum follow one cycle later; with passes those of the
+        columns of scale_turn (combinational)
     """
 
     def __init__(self, *, config):
@@ -64,9 +65,9 @@ class TileFeed(wiring.Component):
             "scale_exponent": In(signed(7)),
             "allow": In(1), "arrived": Out(1), "swap": In(1), "use_first": In(1),
             "load_codes": Out(codes), "load_keys": Out(keys), "load_values": Out(values),
-            "scale": Out(Scale()).array(config.columns, config.blocks),
-            "minimum": Out(Scale()).array(config.columns, config.blocks),
-        })
+            "scale": Out(Scale()).array(at_once(config), config.blocks),
+            "minimum": Out(Scale()).array(at_once(config), config.blocks),
+        } | ({"scale_turn": In(range(config.passes))} if config.passes > 1 else {}))
 
     def elaborate(self, platform):
         m = Module()
@@ -157,20 +158,34 @@ class TileFeed(wiring.Component):
         flat, size = Cat(*chunk), half_bits * columns
         of_chunk = Array(flat[at:at + size] for at in range(0, lines * size, size))
         scales, minima = ([Signal(size, name=f"{name}{b}") for b in range(blocks)] for name in ("scales", "minima"))
+        exponent, of_kv = Signal(signed(8)), Signal()
+        m.d.comb += [exponent.eq(self.scale_exponent - Mux(is_w8 & ~tile_plane, CODE_BITS, 0)), of_kv.eq(is_kv)]
         for b in range(blocks):
             m.d.comb += [scales[b].eq(of_chunk[scale_line[b]]), minima[b].eq(of_chunk[minimum_line[b]])]
-            for n in range(columns):
-                sig, es = half_parts(scales[b].word_select(n, half_bits))
-                sig_minimum, es_minimum = half_parts(minima[b].word_select(n, half_bits))
-                high_plane = is_w8 & ~tile_plane
-                with m.If(self.use_first):
-                    m.d.sync += [
-                        self.scale[n][b].significand.eq(Mux(is_kv, 0, sig - (1 << KV_FRACTION))),
-                        self.scale[n][b].shift.eq(
-                            Mux(is_kv, 0, self.scale_exponent - es - Mux(high_plane, CODE_BITS, 0))),
-                        self.minimum[n][b].significand.eq(sig_minimum),
-                        self.minimum[n][b].shift.eq(self.scale_exponent - es_minimum),
-                    ]
+        in_use = [*scales, *minima, exponent, of_kv, self.scale_exponent]
+        if config.passes > 1:
+            # What the first row finds stays for all passes of all rows.
+            kept = [Signal.like(value, name=f"in_use{i}", reset_less=True) for i, value in enumerate(in_use)]
+            with m.If(self.use_first):
+                m.d.sync += [register.eq(value) for register, value in zip(kept, in_use)]
+            size //= config.passes
+            in_use = [*(value.word_select(self.scale_turn, size) for value in kept[:-3]), *kept[-3:]]
+        *of_blocks, exponent, of_kv, minimum_exponent = in_use
+        for n in range(at_once(config)):
+            for b in range(blocks):
+                sig, es = half_parts(of_blocks[b].word_select(n, half_bits))
+                sig_minimum, es_minimum = half_parts(of_blocks[blocks + b].word_select(n, half_bits))
+                entered = [
+                    self.scale[n][b].significand.eq(Mux(of_kv, 0, sig - (1 << KV_FRACTION))),
+                    self.scale[n][b].shift.eq(Mux(of_kv, 0, exponent - es)),
+                    self.minimum[n][b].significand.eq(sig_minimum),
+                    self.minimum[n][b].shift.eq(minimum_exponent - es_minimum),
+                ]
+                if config.passes > 1:
+                    m.d.comb += entered
+                else:
+                    with m.If(self.use_first):
+                        m.d.sync += entered
         return m
 
 
@@ -253,6 +268,7 @@ class ComputeUnit(wiring.Component):
         taken = fields(self.cmd.payload.body, _MATMUL)
         few = taken.groups * self.cmd.payload.rows <= config.acc_rows // 2  # rows fill no more than half a bank
         acc_row, bank, halves = Signal(range(config.acc_rows)), Signal(2), Signal()
+        further = Signal(range(config.passes))  # not 0 in further passes of a row
         full, issue, tile_ready, banks_free = Signal(), Signal(), Signal(), Signal()  # full: the next tile is there
 
         def place(row, bank, halves):
@@ -272,9 +288,11 @@ class ComputeUnit(wiring.Component):
             last_of_all.eq(last_row & last_tile),
             tile_ready.eq(full | ~first_row), swap.eq(issue & first_row),
             banks_free.eq((in_flight < most_in_flight) | ~(first_row & (k == 0) & ~plane)),
-            issue.eq(running & tile_ready & banks_free),
+            issue.eq(running & tile_ready & banks_free & ~further.any()),
             self.busy.eq(running | dropping | (in_flight != 0)),
         ]
+        with m.If(issue | further.any()):
+            m.d.sync += further.eq(further + 1)
         m.d.comb += started.eq(issue & first_row & (k == 0) & ~plane)
         m.d.sync += in_flight.eq(in_flight + started - drained)
         m.d.sync += full.eq(feed.arrived | (full & ~swap))
@@ -347,7 +365,9 @@ class ComputeUnit(wiring.Component):
                      array.mantissas.eq(Cat(Cat(number, number[-1].replicate(beyond)) for number in numbers)),
                      array.load_codes.eq(feed.load_codes), array.load_keys.eq(feed.load_keys),
                      array.load_values.eq(feed.load_values)]
-        for n_ in range(config.columns):
+        if config.passes > 1:
+            m.d.comb += feed.scale_turn.eq(array.scale_turn)
+        for n_ in range(at_once(config)):
             for b in range(config.blocks):
                 m.d.comb += [array.scale[n_][b].eq(feed.scale[n_][b]), array.minimum[n_][b].eq(feed.minimum[n_][b])]
 
@@ -431,6 +451,9 @@ class ComputeUnit(wiring.Component):
         dh, dn, dg, passed = Signal(8), Signal(14), Signal(8), Signal(config.tokens)  # passed: rows of this dg
         _, drain_rest = lowest(m, current.mask & ~passed, "drain")
         dc, beat = Signal(range(vectors)), Signal(16)
+        inside = (at_once(config) // config.vector_lanes).bit_length() - 1  # bits of dc that count within a pass
+        if config.passes > 1:
+            m.d.comb += array.drain_turn.eq(dc[inside:])
         beat_base = Signal(16)
         drain_row, drain_bank = Signal(range(config.acc_rows)), Signal(2)
         drain_slot = Signal()
@@ -467,13 +490,13 @@ class ComputeUnit(wiring.Component):
         with m.If(advance):
             m.d.sync += self.out.valid.eq(1)
             for lane in range(config.vector_lanes):
-                choices = [array.drain[c * config.vector_lanes + lane] for c in range(vectors)]
+                choices = array.drain[lane::config.vector_lanes]
                 per_tile = config.tile_tokens // config.columns
                 tokens = [self.exponents.word_select(q * config.columns + c * config.vector_lanes + lane, 5)
                           for q in range(per_tile) for c in range(vectors)]
                 token_index = dc if per_tile == 1 else Cat(dc, dn[:(per_tile - 1).bit_length()])
                 m.d.sync += [
-                    self.out.payload.acc[lane].eq(Array(choices)[dc]),
+                    self.out.payload.acc[lane].eq(Array(choices)[dc[:inside]]),
                     self.out.payload.exponent[lane].eq(base_exponent + Mux(is_qk, Array(tokens)[token_index], 0)),
                 ]
             m.d.sync += dc.eq(dc + 1)

@@ -11,6 +11,7 @@ unit.
 
 from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal
 from amaranth.lib import stream, wiring
+from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from .. import isa
@@ -73,7 +74,22 @@ class Control(wiring.Component):
         fault, own_fault = Signal(Fault), Signal(Fault)
 
         # Stage R: take an instruction, read its registers.
-        registers = Array([Const(0, 32), *(Signal(32, name=f"r{i}") for i in range(1, isa.REGISTERS))])
+        # With `compact` in a memory, which is filled before the first instruction.
+        compact = self.config.compact
+        filling = Signal()
+        if compact:
+            m.submodules.registers = registers = Memory(shape=32, depth=isa.REGISTERS, init=[])
+            fill, register_write = Signal(range(isa.REGISTERS)), registers.write_port()
+            with m.If(filling):
+                m.d.sync += [fill.eq(fill + 1), filling.eq(~fill.all())]
+
+            def register(number):
+                port = registers.read_port(domain="comb")
+                m.d.comb += port.addr.eq(number)
+                return port.data
+        else:
+            registers = Array([Const(0, 32), *(Signal(32, name=f"r{i}") for i in range(1, isa.REGISTERS))])
+            register = registers.__getitem__
         valid, entry = Signal(), Signal(Fetched)
         unit = Signal(_UNITS)  # one-hot; none for what control executes itself
         a, b, c = Signal(32), Signal(32), Signal(32)
@@ -81,7 +97,7 @@ class Control(wiring.Component):
         fields_r = _header(instruction.payload.word)
         m.d.comb += [
             limited.eq((csr.instruction_limit != 0) & (taken == csr.instruction_limit)),
-            instruction.ready.eq(running & ~limited & (~valid | (advance & (unit.any() | self.dropped)))),
+            instruction.ready.eq(running & ~limited & ~filling & (~valid | (advance & (unit.any() | self.dropped)))),
             take.eq(instruction.valid & instruction.ready),
         ]
         with m.If(advance):
@@ -89,8 +105,8 @@ class Control(wiring.Component):
         with m.If(take):
             m.d.sync += [
                 valid.eq(1), entry.eq(instruction.payload), taken.eq(taken + 1), unit.eq(0),
-                a.eq(registers[fields_r["imm_reg"]]), b.eq(registers[fields_r["rows_reg"]]),
-                c.eq(registers[fields_r["x_reg"]]),
+                a.eq(register(fields_r["imm_reg"])), b.eq(register(fields_r["rows_reg"])),
+                c.eq(register(fields_r["x_reg"])),
             ]
             with m.If(~instruction.payload.error & ~instruction.payload.outside & (fields_r["list"] != _NO_LIST)):
                 with m.Switch(fields_r["opcode"]):
@@ -118,10 +134,13 @@ class Control(wiring.Component):
         # Stage E, commands: resolve, look for conflicts, hand to the queue through one register.
         slot, slot_unit = Signal(Command(self.config)), Signal(_UNITS)
         slot_free, push = Signal(), Signal(_UNITS)
-        queues = [IssueQueue(config=self.config) for _ in range(_UNITS)]
+        # Loads and matmuls may have to wait behind each other (the compiler checks how many), others only follow them.
+        depths = [1 if compact and unit in (isa.Unit.VECTOR, isa.Unit.STORE) else self.config.queue_depth
+                  for unit in range(_UNITS)]
+        queues = [IssueQueue(config=self.config, depth=depth) for depth in depths]
         # No unit but the load unit has more outstanding commands than its queue and the registers around it hold.
-        windows = [HazardWindow(size=min(self.window, (4 if unit == isa.Unit.LOAD else 2) * self.config.queue_depth))
-                   for unit in range(_UNITS)]
+        windows = [HazardWindow(size=min(self.window, (4 if unit == isa.Unit.LOAD else 2) * depth))
+                   for unit, depth in enumerate(depths)]
         full = Cat(window.full for window in windows)
         m.d.comb += [
             slot_free.eq(~slot_unit.any() | (slot_unit & Cat(queue.i.ready for queue in queues)).any()),
@@ -214,8 +233,14 @@ class Control(wiring.Component):
                     m.d.comb += [advance.eq(idle), finish.eq(idle)]
                 with m.Default():
                     m.d.comb += fail(FaultCause.ILLEGAL_OPCODE)
-        with m.If(write):
-            with m.Switch(rd):
+        if compact:
+            initial = Array([Const(0, 32), *csr.arguments, *[Const(0, 32)] * (isa.REGISTERS - 1 - len(csr.arguments))])
+            m.d.comb += [
+                register_write.en.eq(filling | (write & (rd != 0))), register_write.addr.eq(Mux(filling, fill, rd)),
+                register_write.data.eq(Mux(filling, initial[fill], result)),
+            ]
+        else:
+            with m.If(write), m.Switch(rd):
                 for number in range(1, isa.REGISTERS):
                     with m.Case(number):
                         m.d.sync += registers[number].eq(result)
@@ -253,8 +278,11 @@ class Control(wiring.Component):
             m.d.comb += [self.fetch.redirect.eq(1), self.fetch.target.eq(0)]
             m.d.sync += [running.eq(1), valid.eq(0), taken.eq(0), waited.eq(0), csr.pc.eq(0), entry.pc.eq(0)]
             m.d.sync += [rows_in.eq(every) for rows_in in (attention, mlp, present)]
-            m.d.sync += [register.eq(0) for register in registers[8:]]
-            m.d.sync += [register.eq(value) for register, value in zip(registers[1:8], csr.arguments)]
+            if compact:
+                m.d.sync += [filling.eq(1), fill.eq(0)]
+            else:
+                m.d.sync += [register.eq(0) for register in registers[8:]]
+                m.d.sync += [register.eq(value) for register, value in zip(registers[1:8], csr.arguments)]
         for source in reversed([*self.faults, own_fault, watchdog_fault]):
             with m.If(source.valid):
                 m.d.sync += csr.fault_seen.bit_select(source.cause, 1).eq(1)

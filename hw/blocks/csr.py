@@ -24,6 +24,7 @@ from .command import PC_BITS, Fault
 __all__ = ["COUNTER_BITS", "Csr", "CsrSignature", "Events"]
 
 COUNTER_BITS = 48  #: of the 64 in the register map; the rest reads zero
+_ALWAYS = ("CYCLES", "INSTRUCTIONS")  # these are counted in any configuration, without ``counters`` modulo 2^32
 _ARGUMENTS = sum(item.name[:-1] == "ARG" for item in MAP)
 
 #: What the counters count, in the order of ``COUNTERS`` behind CYCLES and INSTRUCTIONS: one bit per event and cycle,
@@ -163,16 +164,17 @@ class Csr(wiring.Component):
 
         # Counters, cleared at start.
         def count(name, event, index=0):
-            if not self.config.counters:
+            if not self.config.counters and name not in _ALWAYS:
                 show(name, Const(0, COUNTER_BITS), index)
                 return
-            counter = Signal(COUNTER_BITS, name=f"{name.lower()}_{index}")
+            counter = Signal(COUNTER_BITS if self.config.counters else 32, name=f"{name.lower()}_{index}")
             with m.If(start):
                 m.d.sync += counter.eq(0)
             with m.Elif(event.any()):
                 m.d.sync += counter.eq(counter + event)
             show(name, counter, index)
-            high_words[address(name, index)] = counter[32:]
+            if len(counter) > 32:
+                high_words[address(name, index)] = counter[32:]
 
         event_bits = [control.running, control.dispatched, *self.events.busy, *self.events.hazard_wait]
         event_bits += [self.events[name] for name, _ in list(Events)[2:]]

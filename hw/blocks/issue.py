@@ -12,7 +12,7 @@ __all__ = ["IssueQueue"]
 
 
 class IssueQueue(wiring.Component):
-    """A FIFO of ``config.queue_depth`` commands whose head leaves when its needs are met.
+    """A FIFO of ``depth`` commands, by default ``config.queue_depth``, whose head leaves when its needs are met.
 
     A need is compared when the command enters, and from then on watched for in the count of each cycle: the numbers
     may wrap while the command waits. This holds as long as fewer than 128 commands of a unit are outstanding.
@@ -26,8 +26,8 @@ class IssueQueue(wiring.Component):
     waiting : the head is there and waits for another unit
     """
 
-    def __init__(self, *, config: OverlayConfig):
-        self.config = config
+    def __init__(self, *, config: OverlayConfig, depth: int | None = None):
+        self.config, self.depth = config, depth or config.queue_depth
         command = stream.Signature(Command(config))
         super().__init__({
             "i": In(command), "o": Out(command), "done_counts": In(8).array(4), "enable": In(1), "waiting": Out(1),
@@ -35,7 +35,7 @@ class IssueQueue(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        depth = self.config.queue_depth
+        depth = self.depth
         shape = Command(self.config)
         m.submodules.storage = storage = Memory(shape=data.ArrayLayout(1, shape.size), depth=depth, init=[])
         write, read = storage.write_port(), storage.read_port(domain="comb")

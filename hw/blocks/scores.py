@@ -5,8 +5,8 @@ those of `fp`.
 """
 
 import numpy as np
-from amaranth.hdl import Module, Mux, Signal, signed
-from amaranth.lib import wiring
+from amaranth.hdl import Array, Cat, Module, Mux, Signal, signed
+from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
@@ -14,7 +14,7 @@ from ..formats import SUM_BITS, SUM_FRACTION
 from .fp import FpMul, delay, fields_model
 from .half import ToFixed, widen, widen_model
 
-__all__ = ["RouterScores"]
+__all__ = ["RouterScores", "SharedScores"]
 
 _LIMIT = 44  #: terms are clamped to 2^_LIMIT units
 
@@ -83,4 +83,70 @@ class RouterScores(wiring.Component):
         ]
         with m.If(self.en[at_sum + 1] & self.last):
             m.d.sync += self.decided.bit_select(self.row, 1).eq(~score[-1])
+        return m
+
+
+class SharedScores(wiring.Component):
+    """Both modules' scores by one multiplier, which takes a product a cycle: both of a lane, the last lane's first.
+
+    Members
+    -------
+    en : a beat is there, at a distance of 2 * lanes cycles or more from the one before; a lane stays until it is taken
+    v : In(32) per lane, FP32 bits; weight : In(16) per module and lane, FP16 bits
+    row, first, last : In, row of the beat, whether it is the row's first, its last one
+    bias : In(signed(32)) per module, units of 2^-24
+    decided : Out(tokens) per module, bit t: the last score of row t was not negative; when no longer busy
+    busy : something is under way after the cycle of ``en``
+    """
+
+    def __init__(self, *, config):
+        self.config = config
+        lanes = config.vector_lanes
+        super().__init__({
+            "v": In(32).array(lanes), "weight": In(16).array(2, lanes), "en": In(1), "row": In(range(config.tokens)),
+            "first": In(1), "last": In(1), "bias": In(signed(32)).array(2), "decided": Out(config.tokens).array(2),
+            "busy": Out(1),
+        })
+
+    def elaborate(self, platform):
+        m = Module()
+        lanes, tokens = self.config.vector_lanes, self.config.tokens
+        term = data.StructLayout({
+            "valid": 1, "lane": range(lanes), "module": range(2), "row": range(tokens), "begins": 1, "ends": 1})
+        ages = FpMul.latency + ToFixed.latency
+        here, *later = stages = [Signal(term, name=f"term{i}") for i in range(ages + 1)]
+        turn = Signal(range(2 * lanes))  # 0 but in further turns of a beat
+        running, row, first, last = Signal(), Signal.like(self.row), Signal(), Signal()
+        with m.If(self.en | running):
+            m.d.sync += [turn.eq(turn + 1), running.eq(~turn.all())]
+        with m.If(self.en):
+            m.d.sync += [row.eq(self.row), first.eq(self.first), last.eq(self.last)]
+        m.d.comb += [
+            here.valid.eq(self.en | running), here.module.eq(turn[0]), here.lane.eq(lanes - 1 - turn[1:]),
+            here.row.eq(Mux(self.en, self.row, row)), here.begins.eq(Mux(self.en, self.first, first) & (here.lane == lanes - 1)),
+            here.ends.eq(Mux(self.en, self.last, last) & (here.lane == 0)),
+            self.busy.eq(running | Cat(stage.valid for stage in later).any()),
+        ]
+        for before, after in zip(stages, later):
+            m.d.sync += after.eq(before)
+        enables = Cat(stage.valid for stage in stages)
+
+        m.submodules.mul = mul = FpMul(b_bits=11)
+        m.submodules.fixed = fixed = ToFixed(fraction=SUM_FRACTION, limit=_LIMIT)
+        m.d.comb += [
+            mul.a.eq(Array(self.v)[here.lane]), mul.b.eq(widen(Array(Array(w) for w in self.weight)[here.module][here.lane])),
+            mul.en.eq(enables[:FpMul.latency]), fixed.a.eq(mul.o), fixed.en.eq(enables[FpMul.latency:ages]),
+        ]
+        negative = delay(m, mul.o[31], enables[FpMul.latency:ages], "negative")
+
+        m.submodules.scores = scores = Memory(shape=signed(SUM_BITS), depth=2 * tokens, init=[])
+        old, new, done = scores.read_port(domain="comb"), scores.write_port(), stages[-1]
+        score = Signal(signed(SUM_BITS))
+        m.d.comb += [
+            old.addr.eq(Cat(done.module, done.row)), new.addr.eq(old.addr), new.en.eq(done.valid), new.data.eq(score),
+            score.eq(Mux(done.begins, Array(self.bias)[done.module], old.data) + Mux(negative, -fixed.o, fixed.o)),
+        ]
+        for module, decided in enumerate(self.decided):
+            with m.If(done.valid & done.ends & (done.module == module)):
+                m.d.sync += decided.bit_select(done.row, 1).eq(~score[-1])
         return m

@@ -11,10 +11,15 @@ the issue of a beat:
     T11 v;  v * gain, v * v, v * router weights (FpMul)  |  exp2 (Exp2)
     T20 sigmoid of the gate done;  * gate * up                (the gain's FpMul)
 
+If the configuration is compact one unit of each kind serves all lanes, one after the other, which takes a cycle more
+(`_positions`); beats then follow each other at a distance at which all registers still hold what the last lane needs.
+
 The pipeline empties between instructions, so no hazards exist inside it. Row scalars (1/rms, 1/sum) are computed once
 per row when its sum is complete, beside the pipeline; so are the routers' decisions. Loop t of all instructions takes
 the rows of the command's mask. Arithmetic: `docs/numerics.md`, Vector operations.
 """
+
+from types import SimpleNamespace
 
 from amaranth import Array, Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import data, fifo, stream, wiring
@@ -41,7 +46,7 @@ from .functions import Exp2, Recip, Rsqrt, Sigmoid
 from .half import ToFixed, ToHalf
 from .load import AbufWrite
 from .mbuf import AlignedRow
-from .scores import RouterScores
+from .scores import RouterScores, SharedScores
 from .trees import tree_sum
 from .walker import LoopWalker, Nest
 
@@ -50,12 +55,27 @@ __all__ = ["VectorUnit"]
 _OP = {item.mnemonic: item.opcode for item in isa.INSTRUCTIONS}
 _LAYOUT = isa.OPCODES[_OP["vadd"]]
 _MINUS_LOG2E = 0xBFB8AA3B  # FP32 of -log2(e)
-_Y, _T, _SUM, _V, _GAIN, _PROB, _GATED = 4, 6, 8, 11, 13, 17, 22  # pipeline positions
 _TERM_LIMIT = 56
-_LAST = {  # the position where a beat has nothing more to do in the pipeline itself
-    "vlogits": _T, "vscale": _T, "vswiglu": _T, "vscore": _Y + 3, "vmerge": _V, "vrope": _V + ToHalf.latency,
-    "vadd": 16, "vnorm": 16, "vprob": 20,
-}
+_INTERVAL = 4  # cycles between beats if lanes share a unit
+
+
+def _positions(config):
+    """Where a beat is when, and where one has nothing more to do in the pipeline itself (``last``).
+
+    If lanes share a unit each step takes as many cycles more as there are further lanes.
+    """
+    more = config.vector_lanes - 1 if config.compact else 0
+    y = 1 + FromInt.latency + more
+    t = y + FpMul.latency + more
+    sum_ = t + FpMul.latency + more
+    v = sum_ + FpAdd.latency + more
+    gain, prob, halves = (v + kind.latency + more for kind in (FpMul, Exp2, ToHalf))
+    squares, probs = (position + ToFixed.latency + more for position in (gain, prob))
+    gates = sum_ + Sigmoid.latency + more
+    last = {"vlogits": t, "vscale": t, "vswiglu": t, "vscore": y + 3, "vmerge": v, "vrope": halves,
+            "vadd": squares + 1, "vnorm": squares + 1, "vprob": probs + 1}
+    return SimpleNamespace(y=y, t=t, sum=sum_, v=v, gain=gain, prob=prob, halves=halves, squares=squares, probs=probs,
+                           gates=gates, gated=gates + FpMul.latency + more, last=last)
 
 
 class VectorUnit(wiring.Component):
@@ -101,7 +121,7 @@ class VectorUnit(wiring.Component):
     def elaborate(self, platform):
         m = Module()
         config = self.config
-        lanes = config.vector_lanes
+        lanes, at, compact = config.vector_lanes, _positions(config), config.compact
 
         # ---- the running instruction ---------------------------------------------------------------------------
         running, opcode = Signal(), Signal(8)
@@ -141,29 +161,46 @@ class VectorUnit(wiring.Component):
         start, begin = Signal(), Signal()
         m.d.sync += begin.eq(start)
 
-        def walker(name, step, loops=nest):
+        def walker(name, step, *places, loops=nest):
+            """The walk of the beats at a place, which steps when one is there.
+
+            places : where that is, (condition, position) of which the first that holds counts; if compact, what the
+                walk of the issued beats shows travels there instead of being counted once more
+            """
+            if compact and places:
+                return _travelled(m, walk_issue, places, travelled)
             m.submodules[f"walk_{name}"] = unit = LoopWalker(config=config)
             m.d.comb += [unit.nest.eq(loops), unit.start.eq(begin), unit.step.eq(step)]
             return unit
 
         # ---- issue ------------------------------------------------------------------------------------------------
         issue = Signal()
-        valid = [Signal(name=f"valid{i}") for i in range(max(_LAST.values()) + 1)]  # valid[i]: a beat is at Ti
+        valid = [Signal(name=f"valid{i}") for i in range(max(at.last.values()) + 1)]  # valid[i]: a beat is at Ti
         m.d.comb += valid[0].eq(issue)
         for i, (here, there) in enumerate(zip(valid, valid[1:])):
-            m.d.sync += there.eq(here & ~Cat(op[name] for name, last in _LAST.items() if last == i).any())
+            m.d.sync += there.eq(here & ~Cat(op[name] for name, last in at.last.items() if last == i).any())
         issuing = Signal()
-        # The first beat may be issued before ``begin`` is over, so this walker starts with the command; it only counts.
+        # The first beat may be issued before ``begin`` is over, so this walker starts with the command.
         m.submodules.walk_issue = walk_issue = LoopWalker(config=config)
+        travelled, coming = {}, fields(self.cmd.payload.body, _LAYOUT)
+        pause = Signal(range(_INTERVAL))  # cycles until the next beat may be issued
+        if compact:
+            with m.If(issue):
+                m.d.sync += pause.eq(_INTERVAL - 1)
+            with m.Elif(pause != 0):
+                m.d.sync += pause.eq(pause - 1)
         m.d.comb += [
             walk_issue.nest.eq(nest), walk_issue.start.eq(start), walk_issue.step.eq(issue),
             walk_issue.nest.mask.eq(Mux(start, self.cmd.payload.mask, mask)),
         ]
-        logits_space = Signal()
+        if compact:
+            m.d.comb += [walk_issue.nest.row_stride.eq(Mux(start, coming.row_stride, f.row_stride)),
+                         walk_issue.nest.table_stride.eq(Mux(start, coming.table_stride, f.table_stride))]
+        logits_space, may = Signal(), Signal()
         scalar_busy, tail_busy = Signal(), Signal()
         m.d.comb += [
-            issue.eq(issuing & (~from_stream | self.acc.valid) & (~op["vlogits"] | logits_space)),
-            self.acc.ready.eq(issuing & from_stream & (~op["vlogits"] | logits_space)),
+            issue.eq(may & (~from_stream | self.acc.valid)), self.acc.ready.eq(may & from_stream),
+            may.eq(issuing & (~op["vlogits"] | logits_space) & (pause == 0)),
             self.waiting.eq(issuing & from_stream & ~self.acc.valid),
             self.busy.eq(running),
         ]
@@ -200,10 +237,10 @@ class VectorUnit(wiring.Component):
         x = [abuf_x.data[32 * i:32 * (i + 1)] for i in range(lanes)]
         table = [abuf_table.data[32 * i:32 * (i + 1)] for i in range(lanes)]
         # Operand x is read one cycle before it is used: T4 as source, T6 as S table, T7 as what becomes the addend.
-        x_tap = Mux(from_stream, Mux(rotate, valid[_T - 1], valid[_SUM - 2]), valid[_Y - 1])
-        walk_x = walker("x", x_tap)
-        table_tap = Mux(rotate, valid[_T - 1], valid[_V - 1])
-        walk_table = walker("table", table_tap)
+        x_tap = Mux(from_stream, Mux(rotate, valid[at.t - 1], valid[at.sum - 2]), valid[at.y - 1])
+        walk_x = walker("x", x_tap, (rotate & from_stream, at.t - 1), (from_stream, at.sum - 2), (1, at.y - 1))
+        table_tap = Mux(rotate, valid[at.t - 1], valid[at.v - 1])
+        walk_table = walker("table", table_tap, (rotate, at.t - 1), (1, at.v - 1))
         m.d.comb += [
             abuf_x.en.eq(x_tap | ~running),
             abuf_x.addr.eq(Mux(running, Mux(rotate, f.table + f.wrap + walk_x.table, src + walk_x.offset),
@@ -219,16 +256,43 @@ class VectorUnit(wiring.Component):
                 m.d.sync += [o.eq(value) for o, value in zip(out, values)]
             return out
 
+        def later(enable, cycles):
+            for _ in range(cycles):
+                shifted = Signal()
+                m.d.sync += shifted.eq(enable)
+                enable = shifted
+            return enable
+
         def lanes_of(kind, name, en, **operands):
-            """One component per lane; returns the results."""
+            """One component per lane, or one for all of them, lane after lane; returns the results."""
+            if not compact:
+                results = []
+                for i in range(lanes):
+                    m.submodules[f"{name}{i}"] = unit = kind()
+                    m.d.comb += unit.en.eq(Cat(*en))
+                    for port, values in operands.items():
+                        m.d.comb += getattr(unit, port).eq(values[i])
+                    results.append(unit)
+                return results
+            m.submodules[name] = unit = kind()
+            turns = [[wire(m, later(enable, i), f"{name}_turn{i}") for enable in en] for i in range(lanes)]
+            m.d.comb += unit.en.eq(Cat(Cat(enables).any() for enables in zip(*turns)))
+            for port, values in operands.items():
+                value = values[0]
+                for turn, other in zip(turns[1:], values[1:]):
+                    value = Mux(turn[0], other, value)
+                m.d.comb += getattr(unit, port).eq(value)
             results = []
-            for i in range(lanes):
-                m.submodules[f"{name}{i}"] = unit = kind() if callable(kind) else kind
-                m.d.comb += unit.en.eq(Cat(*en))
-                for port, values in operands.items():
-                    m.d.comb += getattr(unit, port).eq(values[i])
-                results.append(unit)
-            return results
+            for i in range(lanes - 1):
+                kept = SimpleNamespace(unit=unit)
+                for port in ("o", "saturated"):
+                    if port in unit.signature.members:
+                        register = Signal.like(getattr(unit, port), name=f"{name}{i}_{port}", reset_less=True)
+                        with m.If(later(turns[i][-1], 1)):
+                            m.d.sync += register.eq(getattr(unit, port))
+                        setattr(kept, port, register)
+                results.append(kept)
+            return [*results, unit]
 
         # ---- T0..T4: reconstruct -----------------------------------------------------------------------------------
         acc = hold([self.acc.payload.acc[i] for i in range(lanes)], valid[0], "acc")
@@ -239,7 +303,7 @@ class VectorUnit(wiring.Component):
         # Results at the largest number are counted as saturated: no other sum comes to exactly there.
         clamped = Signal(lanes)
         m.d.sync += clamped.eq(0)
-        with m.If(valid[_Y] & from_stream):
+        with m.If(valid[at.y] & from_stream):
             m.d.sync += clamped.eq(Cat(unit.o[:31] == LARGEST for unit in recon))
 
         # ---- row scalars -------------------------------------------------------------------------------------------
@@ -247,42 +311,42 @@ class VectorUnit(wiring.Component):
         m.submodules.inverse = inverse = Memory(shape=32, depth=config.state_rows, init=[])
         rms_write, rms_read, inverse_write, inverse_read = (
             rms.write_port(), rms.read_port(), inverse.write_port(), inverse.read_port())
-        walk_scale = walker("scale", valid[_Y - 1])
+        walk_scale = walker("scale", valid[at.y - 1], (1, at.y - 1))
         m.d.comb += [
-            rms_read.en.eq(valid[_Y - 1]), inverse_read.en.eq(valid[_Y - 1]),
+            rms_read.en.eq(valid[at.y - 1]), inverse_read.en.eq(valid[at.y - 1]),
             rms_read.addr.eq(walk_scale.row + Mux(op["vlogits"], first_row, 0)),
             inverse_read.addr.eq(walk_scale.turn * config.tokens + walk_scale.row),
         ]
         row_scale = Mux(f.scale == RowScale.RSQRT, rms_read.data, inverse_read.data)
 
         # ---- T4..T6: row scale -------------------------------------------------------------------------------------
-        scaled = lanes_of(FpMul, "mul_row", [valid[_Y + i] & scale_on for i in range(2)], a=y, b=[row_scale] * lanes)
-        plain = hold(hold(y, valid[_Y] & ~scale_on, "y5_"), valid[_Y + 1] & ~scale_on, "y6_")
+        scaled = lanes_of(FpMul, "mul_row", [valid[at.y + i] & scale_on for i in range(2)], a=y, b=[row_scale] * lanes)
+        plain = hold(hold(y, valid[at.y] & ~scale_on, "y5_"), valid[at.y + 1] & ~scale_on, "y6_")
         t = [wire(m, Mux(scale_on, unit.o, other), f"t{i}") for i, (unit, other) in enumerate(zip(scaled, plain))]
 
         # ---- T6..T8: rotation, gate --------------------------------------------------------------------------------
         odd = Signal()  # the beat at T6 is an up beat
         with m.If(start):
             m.d.sync += odd.eq(0)
-        with m.Elif(valid[_T] & op["vswiglu"]):
+        with m.Elif(valid[at.t] & op["vswiglu"]):
             m.d.sync += odd.eq(~odd)
-        gate = hold(t, valid[_T] & op["vswiglu"] & ~odd, "gate")
-        paired = [Signal(name=f"paired{i}") for i in range(_GATED - _T + 1)]  # paired[i]: a pair is at T6+i
-        m.d.comb += paired[0].eq(valid[_T] & op["vswiglu"] & odd)
-        for i in range(_GATED - _T):
+        gate = hold(t, valid[at.t] & op["vswiglu"] & ~odd, "gate")
+        paired = [Signal(name=f"paired{i}") for i in range(at.gated - at.t + 1)]  # paired[i]: a pair is at T6+i
+        m.d.comb += paired[0].eq(valid[at.t] & op["vswiglu"] & odd)
+        for i in range(at.gated - at.t):
             m.d.sync += paired[i + 1].eq(paired[i])
         swapped = [t[i ^ 1] for i in range(lanes)]
-        pair_en = [(valid[_T + i] & rotate) | paired[i] for i in range(2)]
+        pair_en = [(valid[at.t + i] & rotate) | paired[i] for i in range(2)]
         gated = op["vswiglu"]
         # Norms, which neither rotate nor gate, square with the first ones.
         v = [Signal(32, name=f"v{i}") for i in range(lanes)]
-        first = lanes_of(FpMul, "mul_first", [Mux(norms, valid[_V + i], en) for i, en in enumerate(pair_en)],
+        first = lanes_of(FpMul, "mul_first", [Mux(norms, valid[at.v + i], en) for i, en in enumerate(pair_en)],
                          a=[Mux(norms, value, Mux(gated, g, o)) for value, g, o in zip(v, gate, t)],
                          b=[Mux(norms, value, Mux(gated, _MINUS_LOG2E, c)) for value, c in zip(v, table)])
         second = lanes_of(FpMul, "mul_second", pair_en, a=[Mux(gated, g, s) for g, s in zip(gate, swapped)],
                           b=[Mux(gated, v, s) for v, s in zip(t, x)])
         straight_en = from_stream & ~rotate & ~gated | op["vnorm"] | op["vprob"]
-        straight = hold(hold(t, valid[_T] & straight_en, "t7_"), valid[_T + 1] & straight_en, "t8_")
+        straight = hold(hold(t, valid[at.t] & straight_en, "t7_"), valid[at.t + 1] & straight_en, "t8_")
 
         # ---- softmax state -----------------------------------------------------------------------------------------
         states = config.state_rows
@@ -296,70 +360,70 @@ class VectorUnit(wiring.Component):
         m.d.comb += [known.clear.eq(forget), summed.clear.eq(forget)]
 
         # ---- T7: what becomes the addend; T8..T11: add -------------------------------------------------------------
-        walk_state = walker("state", valid[_SUM - 2])
+        walk_state = walker("state", valid[at.sum - 2], (1, at.sum - 2))
         minus_read, alpha_read = minus_maximum.read_port(), alpha.read_port()
         m.d.comb += [
-            minus_read.en.eq(valid[_SUM - 2]), minus_read.addr.eq(walk_state.state),
-            alpha_read.en.eq(valid[_SUM - 2]), alpha_read.addr.eq(walk_state.state),
+            minus_read.en.eq(valid[at.sum - 2]), minus_read.addr.eq(walk_state.state),
+            alpha_read.en.eq(valid[at.sum - 2]), alpha_read.addr.eq(walk_state.state),
         ]
         faded = [Mux(alpha_read.data == ALPHA_DROP, 0, scale2(value, -alpha_read.data)) for value in x]
         other = hold([Mux(op["vmerge"], old, Mux(op["vprob"], minus_read.data, value)) for old, value in zip(faded, x)],
-                     valid[_SUM - 1] & adds & ~rotate, "addend")
+                     valid[at.sum - 1] & adds & ~rotate, "addend")
         addend = [Mux(rotate, unit.o, value) for unit, value in zip(second, other)]
         augend = [Mux(rotate, unit.o, value) for unit, value in zip(first, straight)]
-        added = lanes_of(FpAdd, "add", [valid[_SUM + i] & adds for i in range(FpAdd.latency)], a=augend, b=addend)
+        added = lanes_of(FpAdd, "add", [valid[at.sum + i] & adds for i in range(FpAdd.latency)], a=augend, b=addend)
         passes = ~adds & (op["vnorm"] | op["vrope"])
         bypass = straight
-        for i in range(FpAdd.latency):
-            bypass = hold(bypass, valid[_SUM + i] & passes, f"v{_SUM + 1 + i}_")
+        for i in range(at.v - at.sum):
+            bypass = hold(bypass, valid[at.sum + i] & passes, f"v{at.sum + 1 + i}_")
         m.d.comb += [out.eq(Mux(adds, unit.o, value)) for out, unit, value in zip(v, added, bypass)]
 
         # ---- T11..T13: gain, squares; T11..T17: exp2; T8..T20: sigmoid, with the same exp2 -------------------------
-        exp_en = [Mux(gated, paired[2 + i], valid[_V + i] & op["vprob"]) for i in range(Exp2.latency)]
+        exp_en = [Mux(gated, paired[at.sum - at.t + i], valid[at.v + i] & op["vprob"]) for i in range(Exp2.latency)]
         exp = lanes_of(Exp2, "exp2", exp_en,
                        a=[Mux(gated, Sigmoid.argument(unit.o), value) for unit, value in zip(first, v)])
-        shared = iter(exp)
+        shared = iter([exp[-1]] if compact else exp)
         sigmoid = lanes_of(lambda: Sigmoid(exp2=next(shared)), "sigmoid",
-                           [paired[2 + i] for i in range(Sigmoid.latency)], a=[unit.o for unit in first])
+                           [paired[at.sum - at.t + i] for i in range(Sigmoid.latency)], a=[unit.o for unit in first])
         product = [unit.o for unit in second]
         for i in range(Sigmoid.latency):
-            product = hold(product, paired[2 + i], f"product{_SUM + 1 + i}_")
-        gain_en = [Mux(gated, paired[_GATED - 2 - _T + i], valid[_V + i] & norms) for i in range(2)]
+            product = hold(product, paired[at.sum - at.t + i], f"product{at.sum + 1 + i}_")
+        gain_en = [Mux(gated, paired[at.gates - at.t + i], valid[at.v + i] & norms) for i in range(2)]
         gained = lanes_of(FpMul, "mul_gain", gain_en, a=[Mux(gated, p, value) for p, value in zip(product, v)],
                           b=[Mux(gated, s.o, g) for s, g in zip(sigmoid, table)])
         terms = lanes_of(lambda: ToFixed(fraction=SUM_FRACTION, limit=_TERM_LIMIT), "square_fixed",
-                         [valid[_GAIN + i] & norms for i in range(2)], a=[unit.o for unit in first])
+                         [valid[at.gain + i] & norms for i in range(2)], a=[unit.o for unit in first])
         prob = [unit.o for unit in exp]
         prob_terms = lanes_of(lambda: ToFixed(fraction=PROB_FRACTION, limit=PROB_FRACTION), "prob_fixed",
-                              [valid[_PROB + i] & op["vprob"] for i in range(2)], a=prob)
+                              [valid[at.prob + i] & op["vprob"] for i in range(2)], a=prob)
 
         # ---- sums: squares at T15, probabilities at T19 ------------------------------------------------------------
         m.submodules.sums = sums = Memory(shape=SUM_BITS, depth=config.tokens, init=[])
         sum_old, sum_new = sums.read_port(domain="comb"), sums.write_port()
-        walk_sum = walker("sum", valid[16] & norms)
+        walk_sum = walker("sum", valid[at.squares + 1] & norms, (1, at.squares + 1))
         beat_sum = Signal(SUM_BITS)
-        with m.If(valid[15] & norms):
+        with m.If(valid[at.squares] & norms):
             m.d.sync += beat_sum.eq(tree_sum([unit.o for unit in terms]))
         sum_value, sum_wide = Signal(SUM_BITS), Signal(SUM_BITS + 1)
         top = (1 << (SUM_BITS - 1)) - 1
         m.d.comb += [
-            sum_old.addr.eq(walk_sum.row), sum_new.addr.eq(walk_sum.row), sum_new.en.eq(valid[16] & norms),
-            sum_wide.eq(beat_sum + Mux(walk_sum.beat == 0, 0, sum_old.data)),
+            sum_old.addr.eq(walk_sum.row), sum_new.addr.eq(walk_sum.row), sum_new.en.eq(valid[at.squares + 1] & norms),
+            sum_wide.eq(beat_sum + Mux(walk_sum.row_begins, 0, sum_old.data)),
             sum_value.eq(Mux(sum_wide > top, top, sum_wide)), sum_new.data.eq(sum_value),
         ]
         total_old, total_new = total.read_port(domain="comb"), total.write_port()
-        walk_total = walker("total", valid[20] & op["vprob"])
+        walk_total = walker("total", valid[at.probs + 1] & op["vprob"], (1, at.probs + 1))
         prob_sum = Signal(PROB_FRACTION + 1 + lanes.bit_length())
-        with m.If(valid[19] & op["vprob"]):
+        with m.If(valid[at.probs] & op["vprob"]):
             m.d.sync += prob_sum.eq(tree_sum([unit.o for unit in prob_terms]))
         alpha_total = alpha.read_port(domain="comb")
         total_value, carried = Signal(STATE_BITS), Signal(STATE_BITS)
         state = walk_total.state
         m.d.comb += [
             alpha_total.addr.eq(state), total_old.addr.eq(state), total_new.addr.eq(state),
-            total_new.en.eq(valid[20] & op["vprob"]),
+            total_new.en.eq(valid[at.probs + 1] & op["vprob"]),
             summed.index.eq(state), summed.set.eq(total_new.en),
-            carried.eq(Mux(walk_total.beat == 0,
+            carried.eq(Mux(walk_total.row_begins,
                            Mux(summed.is_set, total_old.data >> alpha_total.data, 0), total_old.data)),
             total_value.eq(carried + prob_sum), total_new.data.eq(total_value),
         ]
@@ -369,15 +433,27 @@ class VectorUnit(wiring.Component):
                                           depth=config.router_rows, init=[])
         rbuf_read, rbuf_write = rbuf.read_port(), rbuf.write_port()
         m.d.comb += [
-            rbuf_read.en.eq(valid[_V - 1] & scoring), rbuf_read.addr.eq(first_row + walk_table.beat),
+            rbuf_read.en.eq(valid[at.v - 1] & scoring), rbuf_read.addr.eq(first_row + walk_table.beat),
             rbuf_write.en.eq(self.load.valid & self.load.ready & self.load.payload.addr[15]),
             rbuf_write.addr.eq(self.load.payload.addr), rbuf_write.data.eq(self.load.payload.data),
         ]
-        for module, decided in enumerate((self.decided_attention, self.decided_mlp)):
+        scores_busy = Signal()
+        if compact:
+            walk_scores = walker("scores", 0, (1, at.v))
+            m.submodules.scores = unit = SharedScores(config=config)
+            m.d.comb += [
+                unit.en.eq(valid[at.v] & scoring), unit.row.eq(walk_scores.row), unit.first.eq(walk_scores.row_begins),
+                unit.last.eq(walk_scores.row_last), unit.bias[0].eq(bias[0]), unit.bias[1].eq(bias[1]),
+                self.decided_attention.eq(unit.decided[0]), self.decided_mlp.eq(unit.decided[1]),
+                scores_busy.eq(unit.busy),
+                *(unit.v[i].eq(v[i]) for i in range(lanes)),
+                *(unit.weight[module][i].eq(rbuf_read.data[i][module]) for module in range(2) for i in range(lanes)),
+            ]
+        for module, decided in () if compact else enumerate((self.decided_attention, self.decided_mlp)):
             m.submodules[f"scores{module}"] = unit = RouterScores(config=config)
             m.d.comb += [
-                unit.en.eq(Cat(valid[_V + i] & scoring for i in range(RouterScores.latency))),
-                unit.row.eq(walk_sum.row), unit.first.eq(walk_sum.beat == 0), unit.last.eq(walk_sum.row_last),
+                unit.en.eq(Cat(valid[at.v + i] & scoring for i in range(RouterScores.latency))),
+                unit.row.eq(walk_sum.row), unit.first.eq(walk_sum.row_begins), unit.last.eq(walk_sum.row_last),
                 unit.bias.eq(bias[module]), decided.eq(unit.decided),
             ]
             m.d.comb += [unit.v[i].eq(v[i]) for i in range(lanes)]
@@ -425,11 +501,11 @@ class VectorUnit(wiring.Component):
             rms_write.data.eq(scalar_rsqrt.o),
             inverse_write.en.eq(scalar_valid[recip_done] & ~was_norm),
             inverse_write.addr.eq(scalar_index[recip_done]), inverse_write.data.eq(scalar_recip.o),
-            scalar_busy.eq(scalar_in | Cat(*scalar_valid).any() | valid[15] | valid[16]),
+            scalar_busy.eq(scalar_in | Cat(*scalar_valid).any() | valid[at.squares] | valid[at.squares + 1]),
         ]
 
         # ---- scores: mask at T4, maximum of the beat at T6, its ceiling at T7, state at the end of a row -----------
-        walk_mask = walker("mask", valid[_Y] & op["vscore"])
+        walk_mask = walker("mask", valid[at.y] & op["vscore"], (1, at.y))
         masked = []
         open_lanes = Signal()
         allowed = []
@@ -440,20 +516,20 @@ class VectorUnit(wiring.Component):
             m.d.comb += ok.eq(Cat(column, Const(0, 1)).as_signed() <= last)
             allowed.append(ok)
             masked.append(Mux(ok, value, LOWEST))
-        score = hold(masked, valid[_Y] & op["vscore"], "score")
-        with m.If(valid[_Y] & op["vscore"]):
+        score = hold(masked, valid[at.y] & op["vscore"], "score")
+        with m.If(valid[at.y] & op["vscore"]):
             m.d.sync += open_lanes.eq(Cat(*allowed).any())
         highest, highest_open = Signal(32), Signal()
-        with m.If(valid[_Y + 1] & op["vscore"]):
+        with m.If(valid[at.y + 1] & op["vscore"]):
             m.d.sync += [highest.eq(_largest(m, score)), highest_open.eq(open_lanes)]
         ceiling, any_open = Signal(signed(16)), Signal()
-        with m.If(valid[_Y + 2] & op["vscore"]):
+        with m.If(valid[at.y + 2] & op["vscore"]):
             m.d.sync += [ceiling.eq(_ceil(m, highest)), any_open.eq(highest_open)]
-        at_maximum = valid[_Y + 3] & op["vscore"]
-        walk_max = walker("max", at_maximum)
+        at_maximum = valid[at.y + 3] & op["vscore"]
+        walk_max = walker("max", at_maximum, (1, at.y + 3))
         best, best_open = Signal(signed(16)), Signal()
         best_now, open_now = Signal(signed(16)), Signal()
-        first_beat = walk_max.beat == 0
+        first_beat = walk_max.row_begins
         better = any_open & (first_beat | ~best_open | (ceiling > best))
         m.d.comb += [
             best_now.eq(Mux(better, ceiling, best)), open_now.eq(any_open | (best_open & ~first_beat)),
@@ -492,7 +568,7 @@ class VectorUnit(wiring.Component):
         ]
 
         # ---- results -----------------------------------------------------------------------------------------------
-        walk_prob = walker("prob", valid[_PROB] & op["vprob"])
+        walk_prob = walker("prob", valid[at.prob] & op["vprob"], (1, at.prob))
         m.d.comb += self.exponent_head.eq(walk_prob.head)
         token_exponents = [
             Array([self.exponents.word_select(c * lanes + i, 5) for c in range(vectors)])[walk_prob.column]
@@ -500,15 +576,15 @@ class VectorUnit(wiring.Component):
         weighted = [scale2(value, Cat(e, Const(0, 1)).as_signed() - 25) for value, e in zip(prob, token_exponents)]
 
         out_valid, out = Signal(), [Signal(32, name=f"out{i}") for i in range(lanes)]
-        gain_valid = valid[_GAIN] & norms
+        gain_valid = valid[at.gain] & norms
         with m.If(gated):
-            m.d.comb += out_valid.eq(paired[_GATED - _T])
+            m.d.comb += out_valid.eq(paired[at.gated - at.t])
         with m.Elif(op["vrope"]):
-            m.d.comb += out_valid.eq(valid[_V])
+            m.d.comb += out_valid.eq(valid[at.v])
         with m.Elif(op["vprob"]):
-            m.d.comb += out_valid.eq(valid[_PROB])
+            m.d.comb += out_valid.eq(valid[at.prob])
         with m.Elif(op["vscale"]):
-            m.d.comb += out_valid.eq(valid[_T])
+            m.d.comb += out_valid.eq(valid[at.t])
         with m.Else():
             m.d.comb += out_valid.eq(gain_valid)
         for i in range(lanes):
@@ -516,8 +592,8 @@ class VectorUnit(wiring.Component):
                                                              Mux(op["vscale"], t[i], gained[i].o))))
 
         # ABUF: vadd and vmerge at T11, vscore at T5; the load unit writes when the pipeline does not.
-        abuf_valid = Mux(op["vscore"], valid[_Y + 1], valid[_V]) & to_abuf
-        walk_abuf = walker("abuf", abuf_valid)
+        abuf_valid = Mux(op["vscore"], valid[at.y + 1], valid[at.v]) & to_abuf
+        walk_abuf = walker("abuf", abuf_valid, (op["vscore"], at.y + 1), (1, at.v))
         m.d.comb += [
             self.load.ready.eq(~abuf_valid),
             abuf_write.en.eq(abuf_valid | (self.load.valid & ~self.load.payload.addr[15])),
@@ -527,7 +603,7 @@ class VectorUnit(wiring.Component):
 
         # MBUF: gather beats into a row of lanes, align its blocks.
         per_row = config.lanes // lanes
-        walk_out = walker("out", out_valid, nest_out)
+        walk_out = walker("out", out_valid, loops=nest_out)
         place = Signal(range(max(per_row, 2)))
         address = Signal(16)
         m.d.comb += [address.eq(dst + walk_out.offset),
@@ -567,10 +643,10 @@ class VectorUnit(wiring.Component):
         m.submodules.kvout = kvout = Memory(shape=data.ArrayLayout(16 * lanes, per_beat), depth=config.kvout_rows,
                                             init=[])
         kv_write, kv_read = kvout.write_port(granularity=1), kvout.read_port()
-        half_valid = [valid[_V + i] & to_kvout for i in range(ToHalf.latency)]
+        half_valid = [valid[at.v + i] & to_kvout for i in range(ToHalf.latency)]
         halves = lanes_of(ToHalf, "half", half_valid, a=v)
-        kv_valid = valid[_V + ToHalf.latency] & to_kvout
-        walk_kv = walker("kv", kv_valid)
+        kv_valid = valid[at.halves] & to_kvout
+        walk_kv = walker("kv", kv_valid, (1, at.halves))
         kv_address = Signal(16)
         kv_shift = (per_beat - 1).bit_length()
         m.d.comb += [
@@ -586,12 +662,12 @@ class VectorUnit(wiring.Component):
 
         # Logits: to the store unit, largest of the last row.
         m.submodules.logits_fifo = queue = fifo.SyncFIFOBuffered(width=32 * lanes, depth=32)
-        logits_valid = valid[_T] & op["vlogits"]
+        logits_valid = valid[at.t] & op["vlogits"]
         m.d.comb += [
-            queue.w_en.eq(logits_valid), queue.w_data.eq(Cat(*t)), logits_space.eq(queue.level < 32 - _T - 4),
+            queue.w_en.eq(logits_valid), queue.w_data.eq(Cat(*t)), logits_space.eq(queue.level < 32 - at.t - 4),
             self.logits.valid.eq(queue.r_rdy), self.logits.payload.eq(queue.r_data), queue.r_en.eq(self.logits.ready),
         ]
-        walk_logits = walker("logits", logits_valid)
+        walk_logits = walker("logits", logits_valid, (1, at.t))
         candidates = hold(t, logits_valid, "logit")
         beat7, counts7 = Signal(16), Signal()
         with m.If(logits_valid):
@@ -611,8 +687,28 @@ class VectorUnit(wiring.Component):
         m.d.comb += self.argmax_value.eq(_unkey(winner))
 
         m.d.comb += tail_busy.eq(
-            Cat(*aligning).any() | Cat(*paired[1:]).any() | kv_valid | logits7 | logits8 | Cat(*minus_valid).any())
+            Cat(*aligning).any() | Cat(*paired[1:]).any() | kv_valid | logits7 | logits8 | scores_busy | Cat(*minus_valid).any())
         return m
+
+
+def _travelled(m, walk, places, found):
+    """The outputs of a walker as they were when the beat that is at one of the places was issued."""
+    def there(name, position):
+        if (name, position) not in found:
+            before = there(name, position - 1) if position else None
+            found[name, position] = here = getattr(walk, name) if before is None else Signal.like(
+                before, name=f"{name}_at{position}", reset_less=True)
+            if before is not None:
+                m.d.sync += here.eq(before)
+        return found[name, position]
+
+    outputs = {}
+    for name in (name for name, member in walk.signature.members.items() if member.flow is Out):
+        *others, (_, position) = places
+        outputs[name] = there(name, position)
+        for condition, position in reversed(others):
+            outputs[name] = Mux(condition, there(name, position), outputs[name])
+    return SimpleNamespace(**outputs)
 
 
 def _key(bits):

@@ -34,7 +34,7 @@ class LoopWalker(wiring.Component):
     offset : t*row_stride + g*group_stride + h*head_stride + beat
     beat : n*per_tile + c; row : t; state : (h*groups + g)*tokens + t
     table : t*table_stride + beat mod wrap; turn : beat div wrap; place : beat mod vector
-    row_last : last beat of row t; final_row : t is the highest row of the mask; last : last beat of all
+    row_begins, row_last : first, last beat of row t; final_row : t is the highest row of the mask; last : last beat of all
     """
 
     def __init__(self, *, config):
@@ -44,7 +44,7 @@ class LoopWalker(wiring.Component):
             "offset": Out(16), "beat": Out(16), "row": Out(range(config.tokens)), "head": Out(8), "column": Out(range(
                 config.columns // config.vector_lanes)),
             "state": Out(range(config.state_rows)), "table": Out(16), "turn": Out(10), "place": Out(16),
-            "row_last": Out(1), "final_row": Out(1), "last": Out(1),
+            "row_begins": Out(1), "row_last": Out(1), "final_row": Out(1), "last": Out(1),
         })
 
     def elaborate(self, platform):
@@ -62,7 +62,7 @@ class LoopWalker(wiring.Component):
         m.d.comb += [
             self.beat.eq(base + c), self.column.eq(c), self.offset.eq(offset_t + base + c),
             self.table.eq(table_t + inside), self.state.eq(state_g + self.row),
-            self.row_last.eq(beats == nest.beats),
+            self.row_last.eq(beats == nest.beats), self.row_begins.eq(self.beat == 0),
         ]
         rest = Signal(config.tokens)  # rows after this one
         tile_last, last_t, last_g, last_h = Signal(), self.final_row, Signal(), Signal()

@@ -331,3 +331,24 @@ def test_matmul(config):
               drops_a_superbeat_in_every_cycle, waits_while_all_banks_are_full, few_and_many_rows_share_the_banks,
               one_row_runs_at_the_speed_of_the_stream, tiles_follow_each_other_without_a_gap, debug_shows_rows_of_mbuf,
               parameters=dataclasses.asdict(config))
+
+
+@bench(mode=list(MatmulMode))
+async def rows_follow_at_the_distance_of_passes(dut, mode):
+    """More passes than superbeats to a tile: the next tile is there when the last pass of one is over."""
+    machine = ComputeBench(dut)
+    sizes = {"n_tiles": 1, "k_tiles": 6} if mode not in (MatmulMode.QK, MatmulMode.PV) else {}
+    matmul = machine.make(np.random.default_rng(7), mode, heads=1, groups=1, rows=1, **sizes)
+    await machine.run(matmul)
+    assert len(machine.active) == np.prod(matmul.shape)
+    assert set(np.diff(machine.active).tolist()) == {machine.config.passes}
+
+
+@pytest.mark.parametrize("passes", [2, 4])
+@pytest.mark.parametrize("dsp", ["generic", "mult18x18d"])
+def test_matmul_in_passes(passes, dsp):
+    config = dataclasses.replace(WIDE, name=f"passes{passes}", dsp=dsp, passes=passes)
+    benches = [every_mode_matches, single_commands_match, every_limit_of_beats, blocks_share_scales,
+               a_mask_chooses_the_rows, few_and_many_rows_share_the_banks, debug_shows_rows_of_mbuf]
+    run_bench(ComputeUnit(config=config), *benches, *[rows_follow_at_the_distance_of_passes] * (passes == 4),
+              parameters=dataclasses.asdict(config))

@@ -1,6 +1,7 @@
 # amaranth: UnusedElaboratable=no
 """Control with a fetch and units that take random times: commands, hazards, faults, watchdog, instruction limit."""
 
+import dataclasses
 import random
 
 import cocotb
@@ -436,6 +437,12 @@ def test_control():
               routes_give_every_list, dropped_instructions_take_a_cycle_each,
               a_route_waits_for_the_vector_unit_alone, a_route_takes_three_cycles, the_watchdog_ends_a_stuck_route,
               the_instruction_limit_counts_what_was_dispatched, every_opcode_goes_to_its_unit)
+
+
+def test_registers_in_a_memory():
+    config = dataclasses.replace(CONFIG, name="compact", port_bits=32, ports=2, vector_lanes=2, compact=True)
+    run_bench(Control(config=config), random_programs_match_the_model, only_conflicting_commands_wait,
+              routes_give_every_list, the_instruction_limit_counts_what_was_dispatched, every_opcode_goes_to_its_unit)
 
 
 def test_a_small_window_only_slows_down():

@@ -270,7 +270,8 @@ async def without_counters_their_registers_read_zero(dut, seed):
         signal.value = 1
     dut.beats_read.value = dut.beats_written.value = (1 << CONFIG.ports) - 1
     await ClockCycles(dut.clk, 20)
-    assert [await host.read64(name) for name, _ in COUNTERS] == [0] * len(COUNTERS)
+    counted = {name: await host.read64(name) for name, _ in COUNTERS}
+    assert counted.pop("CYCLES") > 20 and counted.pop("INSTRUCTIONS") > 0 and not any(counted.values())
     for port in range(CONFIG.ports):
         assert (await host.read64("BEATS_READ", port), await host.read64("BEATS_WRITTEN", port)) == (0, 0)
     assert await host.read("LANES") == CONFIG.lanes and await host.read("STATUS") & Status.RUNNING

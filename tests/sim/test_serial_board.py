@@ -50,8 +50,8 @@ def test_tokens_equal_the_functional_level_on_any_line(board, drop, corrupt, see
             reference = functional.device.memory(port)
             np.testing.assert_array_equal(device.read_memory(port, 0, len(reference)), reference)
         for mine, other in zip(accelerator.stats, functional.stats, strict=True):
-            for name in ("instructions", "bytes_read", "bytes_written"):
-                assert mine.counters[name] == other.counters[name]
+            assert mine.counters["instructions"] == other.counters["instructions"]
+            assert mine.counters["cycles"] > mine.counters["instructions"]
         assert (line.lost > 0, line.changed > 0) == (drop > 0, corrupt > 0)
         assert (device.repeated > 0) == (drop + corrupt > 0)
 
@@ -62,16 +62,16 @@ def test_device_interface(board):
         assert (device.memory_bytes, device.clock_hz) == (MEMORY, board.clock_hz)
         data = np.random.default_rng(1).integers(0, 256, 3000, dtype=np.uint8)
         for offset in range(4):
-            device.write_memory(1, 100, np.full(3100, 0x55, np.uint8))
-            device.write_memory(1, 120 + offset, data[offset:-offset or None])
-            around = device.read_memory(1, 100, 3100)
+            device.write_memory(0, 100, np.full(3100, 0x55, np.uint8))
+            device.write_memory(0, 120 + offset, data[offset:-offset or None])
+            around = device.read_memory(0, 100, 3100)
             end = 20 + len(data) - offset
             np.testing.assert_array_equal(around[20 + offset:end], data[offset:len(data) - offset])
             assert set(around[:20 + offset]) == set(around[end:]) == {0x55}
         write_register(device, "PROGRAM", 0x1_2345_6780)
         assert read_register(device, "PROGRAM") == 0x1_2345_6780
-        for port, address, size in ((2, 0, 4), (0, MEMORY - 2, 4), (0, -4, 4)):
-            with pytest.raises(DeviceError, match=f"memory of port 0..1 has {MEMORY} bytes, not 4 at"):
+        for port, address, size in ((1, 0, 4), (0, MEMORY - 2, 4), (0, -4, 4)):
+            with pytest.raises(DeviceError, match=f"memory of port 0..0 has {MEMORY} bytes, not 4 at"):
                 device.read_memory(port, address, size)
 
 
