@@ -53,10 +53,11 @@ class OverlayConfig:
     passes: int = 1  #: cycles in which the array takes a row, columns / passes of its columns in each
     compact: bool = False  #: one unit for all vector lanes, beats four cycles apart; registers of control in a memory
     kv_narrow: bool = True  #: formats of KV records other than FP16
-    counters: bool = True  #: of events; without, only cycles and instructions are counted; changes no result and no timing
+    counters: bool = True  #: of events, besides cycles and instructions; changes no result and no timing
 
     def __post_init__(self):
-        plain = {"name", "dsp", "compact", "counters", "kv_narrow"} | ({"buffer_beats"} if self.buffer_beats == 0 else set())
+        plain = {"name", "dsp", "compact", "counters", "kv_narrow"}
+        plain |= {"buffer_beats"} if self.buffer_beats == 0 else set()
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in plain:

@@ -144,6 +144,7 @@ class _Machine:
         self.results = deque([-1, -1], 2)  # last two matmuls: their last result was drained
         self.drain, self.issued = -1, -1  # last beat drained, taken by the vector unit
         self.vector_free = 0
+        self.pace = cycles.pace if config.compact else 1
         self.logits = 0  # cycle of the last beat of logits
 
     # ---- control ---------------------------------------------------------------------------------------------------
@@ -419,7 +420,7 @@ class _Machine:
         self.issued = max(self.issued, consumer.start)
         mode, rows = MatmulMode(f["mode"]), command.rows * f["groups"]
         planes = 2 if mode == MatmulMode.W8 else 1
-        inner = f["k_tiles"] * planes
+        inner, span = f["k_tiles"] * planes, rows * config.passes  # span: cycles that the rows of a tile take
         weights = mode in _WEIGHTS
         vectors = config.columns // config.vector_lanes
         ready = begin + 1
@@ -431,7 +432,7 @@ class _Machine:
             ready = self._kv_ready(mode, begin)
         number, end, ahead = 0, begin, int(cycles.shadow)  # number: of a set of scales in the stream; end: last row
         found.array_rows += f["heads"] * f["n_tiles"] * inner * rows
-        found.tile_cycles += f["heads"] * f["n_tiles"] * inner * max(tile + (0 if ahead else rows - 1), rows)
+        found.tile_cycles += f["heads"] * f["n_tiles"] * inner * max(tile + (0 if ahead else span - 1), span)
         self.halves.append(f["groups"] * f["rows"] <= config.acc_rows // 2)
         for _ in range(f["heads"]):
             left = f["beats"]
@@ -439,9 +440,9 @@ class _Machine:
                 bank = self.drained[0 if all(self.halves) else 2] + 1
                 if not weights:
                     first = max(ready + tile - 1 + ahead, end + 1, bank)
-                    end = first + rows - 1 + (inner - 1) * max(tile + (0 if ahead else rows - 1), rows)
-                    ready = end - rows + 1 if ahead else end + 1
-                elif rows == 1:
+                    end = first + span - 1 + (inner - 1) * max(tile + (0 if ahead else span - 1), span)
+                    ready = end - span + 1 if ahead else end + 1
+                elif span == 1:
                     first_beats = tile + (0 if number % per_chunk else chunk)
                     first = max(self._take_weights(first_beats, ready) + ahead, bank)
                     sets = ceil_div(f["k_tiles"], share)
@@ -458,13 +459,14 @@ class _Machine:
                             first = max(self._take_weights(beats, ready) + ahead, end + 1)
                             if not k and not plane:
                                 first = max(first, bank)
-                            end = first + rows - 1
+                            end = first + span - 1
                             ready = first if ahead else end + 1
                         number += not k % share
                 beats = min(vectors, left) * rows
                 left -= min(vectors, left)
                 if not beats:
                     beats = rows
+                beats *= self.pace
                 drain = max(end + cycles.array, self.drain + 1, self.issued)
                 issue = max(drain + 1, self.issued + 1)
                 # a column tile that waited drains beside others, of which every second accumulates in its bank
@@ -500,7 +502,7 @@ class _Machine:
             return
         else:
             beats = f["heads"] * f["groups"] * f["beats"] * command.rows
-            last = self._arrive(command, self.vector_free) + beats
+            last = self._arrive(command, self.vector_free) + beats * self.pace
         self.found.vector_beats += beats
         kvout = name == "vrope" and f["dest"] == Destination.KVOUT
         command.done = last + cycles.done["vrope to KVOUT" if kvout else name]

@@ -35,6 +35,7 @@ class Cycles:
     shadow: bool = True  #: a tile is loaded while the one before is in use
     array: int = 16  #: last row of a column tile issued to its first result
     kv: int = 7  #: begin, or last superbeat of a KV tile, to its first superbeat at the array
+    pace: int = 4  #: of beats in the vector unit, if compact
     # vector unit: last beat issued to done, and to when the next instruction may begin
     done: dict[str, int] = field(default_factory=lambda: {
         "vlogits": 9, "vmerge": 12, "vscore": 12, "vrope to KVOUT": 14, "vscale": 14, "vrope": 19, "vadd": 21,

@@ -261,7 +261,8 @@ class PeArray(wiring.Component):
     scale, minimum : scales of the tile in use, valid one cycle after row_en of its rows; with passes those of the
         columns of scale_turn (combinational)
     tile_done : every row of a column tile is in the accumulators (`latency` cycles after its last row)
-    drain_row, drain : accumulators of one row (combinational), but not while drain_busy; with passes those of drain_turn
+    drain_row, drain : accumulators of one row (combinational), but not while drain_busy; with passes those of
+        drain_turn
     """
 
     latency = 14

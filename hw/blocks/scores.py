@@ -123,7 +123,8 @@ class SharedScores(wiring.Component):
             m.d.sync += [row.eq(self.row), first.eq(self.first), last.eq(self.last)]
         m.d.comb += [
             here.valid.eq(self.en | running), here.module.eq(turn[0]), here.lane.eq(lanes - 1 - turn[1:]),
-            here.row.eq(Mux(self.en, self.row, row)), here.begins.eq(Mux(self.en, self.first, first) & (here.lane == lanes - 1)),
+            here.row.eq(Mux(self.en, self.row, row)),
+            here.begins.eq(Mux(self.en, self.first, first) & (here.lane == lanes - 1)),
             here.ends.eq(Mux(self.en, self.last, last) & (here.lane == 0)),
             self.busy.eq(running | Cat(stage.valid for stage in later).any()),
         ]
@@ -134,7 +135,8 @@ class SharedScores(wiring.Component):
         m.submodules.mul = mul = FpMul(b_bits=11)
         m.submodules.fixed = fixed = ToFixed(fraction=SUM_FRACTION, limit=_LIMIT)
         m.d.comb += [
-            mul.a.eq(Array(self.v)[here.lane]), mul.b.eq(widen(Array(Array(w) for w in self.weight)[here.module][here.lane])),
+            mul.a.eq(Array(self.v)[here.lane]),
+            mul.b.eq(widen(Array(Array(weights) for weights in self.weight)[here.module][here.lane])),
             mul.en.eq(enables[:FpMul.latency]), fixed.a.eq(mul.o), fixed.en.eq(enables[FpMul.latency:ages]),
         ]
         negative = delay(m, mul.o[31], enables[FpMul.latency:ages], "negative")

@@ -437,19 +437,18 @@ class VectorUnit(wiring.Component):
             rbuf_write.en.eq(self.load.valid & self.load.ready & self.load.payload.addr[15]),
             rbuf_write.addr.eq(self.load.payload.addr), rbuf_write.data.eq(self.load.payload.data),
         ]
-        scores_busy = Signal()
         if compact:
             walk_scores = walker("scores", 0, (1, at.v))
             m.submodules.scores = unit = SharedScores(config=config)
+            scores_busy = unit.busy
             m.d.comb += [
                 unit.en.eq(valid[at.v] & scoring), unit.row.eq(walk_scores.row), unit.first.eq(walk_scores.row_begins),
                 unit.last.eq(walk_scores.row_last), unit.bias[0].eq(bias[0]), unit.bias[1].eq(bias[1]),
                 self.decided_attention.eq(unit.decided[0]), self.decided_mlp.eq(unit.decided[1]),
-                scores_busy.eq(unit.busy),
                 *(unit.v[i].eq(v[i]) for i in range(lanes)),
                 *(unit.weight[module][i].eq(rbuf_read.data[i][module]) for module in range(2) for i in range(lanes)),
             ]
-        for module, decided in () if compact else enumerate((self.decided_attention, self.decided_mlp)):
+        for module, decided in enumerate(() if compact else (self.decided_attention, self.decided_mlp)):
             m.submodules[f"scores{module}"] = unit = RouterScores(config=config)
             m.d.comb += [
                 unit.en.eq(Cat(valid[at.v + i] & scoring for i in range(RouterScores.latency))),
@@ -686,8 +685,8 @@ class VectorUnit(wiring.Component):
                          fresh_argmax.eq(0)]
         m.d.comb += self.argmax_value.eq(_unkey(winner))
 
-        m.d.comb += tail_busy.eq(
-            Cat(*aligning).any() | Cat(*paired[1:]).any() | kv_valid | logits7 | logits8 | scores_busy | Cat(*minus_valid).any())
+        m.d.comb += tail_busy.eq(Cat(
+            *aligning, *paired[1:], kv_valid, logits7, logits8, *minus_valid, scores_busy if compact else ()).any())
         return m
 
 

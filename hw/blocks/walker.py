@@ -34,7 +34,8 @@ class LoopWalker(wiring.Component):
     offset : t*row_stride + g*group_stride + h*head_stride + beat
     beat : n*per_tile + c; row : t; state : (h*groups + g)*tokens + t
     table : t*table_stride + beat mod wrap; turn : beat div wrap; place : beat mod vector
-    row_begins, row_last : first, last beat of row t; final_row : t is the highest row of the mask; last : last beat of all
+    row_begins, row_last : first, last beat of row t; final_row : t is the highest row of the mask; last : last beat of
+        all
     """
 
     def __init__(self, *, config):

@@ -441,8 +441,8 @@ def test_control():
 
 def test_registers_in_a_memory():
     config = dataclasses.replace(CONFIG, name="compact", port_bits=32, ports=2, vector_lanes=2, compact=True)
-    run_bench(Control(config=config), random_programs_match_the_model, only_conflicting_commands_wait,
-              routes_give_every_list, the_instruction_limit_counts_what_was_dispatched, every_opcode_goes_to_its_unit)
+    run_bench(Control(config=config), random_programs_match_the_model, routes_give_every_list,
+              the_instruction_limit_counts_what_was_dispatched, every_opcode_goes_to_its_unit)
 
 
 def test_a_small_window_only_slows_down():

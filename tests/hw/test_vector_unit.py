@@ -257,7 +257,8 @@ async def sums_saturate_and_halves_clamp(dut):
                                       dest=int(Destination.KVOUT))
         await machine.run((name, fields, (acc, np.full_like(acc, n))))
     # Results of the array: the largest FP32 number and beyond saturate, the number before it does not.
-    acc = np.array([[(1 << 24) - 1, (1 << 24) - 2, 1 << 24, -(1 << 24) - 1], [1 - (1 << 24), -1, 1 << 47, 0]]).reshape(-1, V)
+    acc = np.array([(1 << 24) - 1, (1 << 24) - 2, 1 << 24, -(1 << 24) - 1, 1 - (1 << 24), -1, 1 << 47, 0])
+    acc = acc.reshape(-1, V)
     for n, count in ((104, 5), (103, 1), (90, 1)):
         before = machine.count["saturated"]
         await machine.run(instruction(rng, "vscore", shape=(1, 1, 1), beats=len(acc), imm=0, x=0)[:2]
