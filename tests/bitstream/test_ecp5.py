@@ -48,8 +48,6 @@ def test_a_bitstream_and_a_report_are_written(tmp_path):
     assert json.loads((tmp_path / "products.json").read_text()) == report
     image = (tmp_path / report["bitstream"]).read_bytes()
     assert len(image) > 1000 and b"LFE5U-12F" in image[:200] or b"Part" in image[:200]
-    top = json.loads((tmp_path / "products.netlist").read_text())["modules"]["top"]
-    assert top["settings"]["router2/histCongWeight"] == "20.0" and top["cells"]
     assert report["timing_met"] and report["fmax_mhz"] > 25 and report["slack_ns"] > 0 and report["board"] == "none"
     assert report["margin"] == pytest.approx(report["fmax_mhz"] / 25 - 1)
     used = report["utilisation"]
@@ -57,7 +55,7 @@ def test_a_bitstream_and_a_report_are_written(tmp_path):
     assert used["FF"]["used"] >= 40 + 28 + 12 + 1
     assert any(line.startswith("yosys: ") for line in said) and any(line.startswith("nextpnr") for line in said)
     assert [line for line in ecp5.lines(report) if line.startswith("clock ") and "margin" in line]
-    assert set(report["seconds"]) == {"drawing", "synthesis", "placement and routing", "packing"}
+    assert set(report["seconds"]) == {"drawing", "synthesis", "placement", "routing", "packing"}
     assert all(spent["wall"] > 0 for spent in report["seconds"].values())
     assert all(spent["processor"] > 0.1 for spent in list(report["seconds"].values())[1:])
 
