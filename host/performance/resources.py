@@ -3,7 +3,7 @@
 Synthesising a whole overlay takes far longer than predicting its speed, so sweeps use a formula: each block is so many
 LUTs, flip-flops and DSPs, and so many more per pair of columns, vector lane, port or bit of a superbeat. The numbers
 are those of ``skipopu synth`` before placement: the array at `tiny` and `u280`, the other blocks at `u280`
-(docs/boards.md), narrow records at `tiny`. At `u280` the formula gives what was counted within 2%; how blocks grow with
+(docs/boards.md), narrow records in the store unit at `tiny`. At `u280` the formula gives what was counted within 2%; how blocks grow with
 other sizes is from their structure. `skipopu synth --config` counts a configuration. Memories follow from their sizes.
 """
 
@@ -29,8 +29,8 @@ _COLUMN_BLOCK: _Cost = (140, 90, 0)  # scales, minima and draining of a column, 
 _LANE: _Cost = (100, 0, 0)  # activations
 _VECTOR: _Cost = (4000, 2500, 20)
 _VECTOR_LANE: _Cost = (5400, 3400, 21.8)
-_KV_BIT: _Cost = (12.4, 4.4, 0)  # of a superbeat: KV tiles, two rows of records a cycle, half of it aligners
-_NARROW_BIT: _Cost = (4.8, 0, 0)  # more for narrow records, in the KV buffer; in the store unit by bit of a port
+_KV_BIT: _Cost = (8.0, 1.9, 1 / 8)  # of a superbeat: KV tiles, two rows of records a cycle; slices shift
+_NARROW_BIT: _Cost = (4.7, 3.9, 0)  # more for narrow records, in the KV buffer; in the store unit by bit of a port
 _NARROW_PORT_BIT: _Cost = (8.8, 0, 0)
 _PORT: _Cost = (2800, 3500, 2)  # reading, pointers, tags, counters; the crossing to the memory's clock
 _WRITE_BIT: _Cost = (2.2, 3.5, 0)

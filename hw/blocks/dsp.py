@@ -1,7 +1,8 @@
 """The DSP48E2 slice: one description, as a behavioural model and as the primitive of Xilinx UltraScale(+) devices.
 
-Only what the PE array needs (`dot.py`) exists, and anything else is refused: the multiplier always takes the
-pre-adder's sum, and the ALU adds or subtracts. Names and encodings are those of AMD's user guide UG579.
+Only what the PE array and the KV buffer need (`dot.py`, `kvbuf.py`) exists, and anything else is refused: the
+multiplier always takes the pre-adder's sum, and the ALU adds or subtracts. Names and encodings are those of AMD's user
+guide UG579.
 
           A ─[a]─┐ INMODE                              OPMODE    ALUMODE
           D ─[d]─┴─(D + A)─[ad]─┐                  X, Y = M ─┐
@@ -39,8 +40,9 @@ class Dsp48e2(wiring.Component):
     c : signed(48), `c_latency` cycles before its result
     pcin : signed(48), one cycle before its result if ``p`` is registered; only from another slice's ``pcout``
     p, pcout : signed(48), `latency` cycles after ``a``, ``b`` and ``d``; the same value, ``pcout`` for the cascade only
+    en : In(2), only if ``enabled``: the registers of operands advance with bit 0, that of the result with bit 1
 
-    Every register advances in every cycle; none is reset.
+    Otherwise every register advances in every cycle; none is reset.
 
     Parameters
     ----------
@@ -48,12 +50,14 @@ class Dsp48e2(wiring.Component):
     alumode : ADD or SUBTRACT
     inmode : INMODE_D_PLUS_A
     registers : dict of pipeline registers a, b, c, d, ad, m, p that differ from the fully pipelined slice
+    enabled : the registers have enables; then there are none between operands and result
     target : "generic" (its behaviour), "dsp48e2" (the primitive), or None: what the `Emission` asks for
 
     Raises ValueError for anything else, and when the two operands of the multiplier would not meet.
     """
 
-    def __init__(self, *, opmode=XY_M, alumode=ADD, inmode=INMODE_D_PLUS_A, registers=None, target=None):
+    def __init__(self, *, opmode=XY_M, alumode=ADD, inmode=INMODE_D_PLUS_A, registers=None, enabled=False,
+                 target=None):
         self.registers = {**_REGISTERS, **(registers or {})}
         if target not in _TARGETS:
             raise ValueError(f"target must be None, generic or dsp48e2, not {target!r}")
@@ -76,10 +80,14 @@ class Dsp48e2(wiring.Component):
         if stages["b"] != stages["a"] + stages["ad"]:
             raise ValueError(f"operands must meet in the multiplier: registers b = a + ad, not {stages['b']} and "
                              f"{stages['a']} + {stages['ad']}")
+        if enabled and (stages["ad"] or stages["m"]):
+            raise ValueError(f"with enables there must be no registers between operands and result, "
+                             f"not ad = {stages['ad']}, m = {stages['m']}")
         self.opmode, self.alumode, self.inmode, self.target = opmode, alumode, inmode, target
+        self.enabled = enabled
         super().__init__({
             "a": In(signed(27)), "b": In(signed(18)), "c": In(signed(48)), "d": In(signed(27)), "pcin": In(signed(48)),
-            "p": Out(signed(48)), "pcout": Out(signed(48)),
+            "p": Out(signed(48)), "pcout": Out(signed(48)), **({"en": In(2)} if enabled else {}),
         })
 
     @property
@@ -106,7 +114,8 @@ class Dsp48e2(wiring.Component):
             """``value`` cut to ``width`` bits behind the registers called ``name``."""
             for index in range(self.registers[name]):
                 register = Signal(signed(width), name=f"{name}{index + 1}", reset_less=True)
-                m.d.sync += register.eq(value)
+                with m.If(self.en[name == "p"] if self.enabled else 1):
+                    m.d.sync += register.eq(value)
                 value = register
             cut = Signal(signed(width), name=f"{name}_out")
             m.d.comb += cut.eq(value)
@@ -136,4 +145,5 @@ class Dsp48e2(wiring.Component):
             i_CARRYIN=C(0, 1), i_CARRYINSEL=C(0, 3), i_CARRYCASCIN=C(0, 1), i_MULTSIGNIN=C(0, 1),
             i_ACIN=C(0, 30), i_BCIN=C(0, 18), i_A=Cat(self.a, self.a[-1].replicate(3)), i_B=self.b, i_C=self.c,
             i_D=self.d, i_PCIN=self.pcin if self.opmode & Z_PCIN else C(0, 48), o_P=self.p, o_PCOUT=self.pcout,
-            **{f"i_CE{name}": C(1, 1) for name in enables}, **{f"i_RST{name}": C(0, 1) for name in resets})
+            **{f"i_CE{name}": self.en[name == "P"] if self.enabled else C(1, 1) for name in enables},
+            **{f"i_RST{name}": C(0, 1) for name in resets})

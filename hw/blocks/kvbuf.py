@@ -21,6 +21,8 @@ from amaranth.lib.wiring import In, Out
 from ..formats import KV_BITS
 from ..isa import KvFormat
 from .dot import word_bits
+from .dsp import W_C, XY_M, Dsp48e2
+from .kvexponents import KvExponents
 from .kvintake import EXPONENT_BITS, TILE_NUMBERS, KvPort, KvRecord, KvShape
 from .trees import tree_sum
 
@@ -57,6 +59,7 @@ class KvShift(wiring.Component):
 
     Narrow elements have them already: sign and magnitude, 8 bits in the high and 4 in the low plane. They are treated
     as numbers of the smallest exponent, to be shifted to that. So is what is beyond the head's end, but shifted out.
+    A DSP48E2 slice shifts by multiplying with a power of two, adds the half and brings the registers.
 
     Members
     -------
@@ -68,11 +71,11 @@ class KvShift(wiring.Component):
     high : In(1), the elements are narrow; blank : In(1), they have no low plane
     """
 
-    def __init__(self, *, elements, narrow, bits=KV_BITS):
-        self._elements, self._narrow, self._bits = elements, narrow, bits
+    def __init__(self, *, elements, narrow, bits=KV_BITS, dsp="generic"):
+        self._elements, self._narrow, self._bits, self._dsp = elements, narrow, bits, dsp
         super().__init__({
             "beats": In(16 * elements).array(1 + narrow), "own": In(1), "shared": In(EXPONENT_BITS), "en": In(2),
-            "o": Out(signed(bits)).array(elements),
+            "o": Out(signed(self._bits)).array(elements),
             **({"pick": In(2), "part": In(1), "high": In(1), "blank": In(1)} if narrow else {})})
 
     def elaborate(self, platform):
@@ -81,13 +84,17 @@ class KvShift(wiring.Component):
         m.d.comb += words.eq(Mux(self.own, Mux(self.part, self.beats[1], self.beats[0]) if self._narrow
                                  else self.beats[0], 0))
         for index in range(self._elements):
-            number, shift = Signal(_SIGNIFICAND + 1, name=f"number{index}"), Signal(4, name=f"shift{index}")
             field = words[16 * index + 10:16 * index + 15]
-            distance = (self.shared - Cat(field[0] | ~field[1:].any(), field[1:]))[:EXPONENT_BITS]
+            distance = Signal(EXPONENT_BITS, name=f"distance{index}")
+            m.d.comb += distance.eq(self.shared - Cat(field[0] | ~field[1:].any(), field[1:]))
             fraction, top, sign = self._parts(index)
+            significand = Cat(fraction, field.any() | top)
+            if self._dsp == "dsp48e2":
+                m.submodules[f"slice{index}"] = self._slice(m, significand, sign, distance, self.o[index])
+                continue
+            number, shift = Signal(_SIGNIFICAND + 1, name=f"number{index}"), Signal(4, name=f"shift{index}")
             with m.If(self.en[0]):
-                m.d.sync += [number.eq(Cat(fraction, field.any() | top, sign)),
-                             shift.eq(~(_FURTHER >> (distance << 2)))]
+                m.d.sync += [number.eq(Cat(significand, sign)), shift.eq(~(_FURTHER >> (distance << 2)))]
             mantissa = Signal(signed(self._bits), name=f"mantissa{index}")
             m.d.comb += self.o[index].eq(mantissa)
             # Rounding and sign in one addition: with x + 1 = -~x the mantissa is (x + 1) >> 1 or (~x + 1) >> 1. It is
@@ -98,6 +105,20 @@ class KvShift(wiring.Component):
             with m.If(self.en[1]):
                 m.d.sync += mantissa.eq((word + (1 << below))[:len(word)].as_signed() >> below + 1)
         return m
+
+    def _slice(self, m, significand, sign, distance, o):
+        """Times 2^(last - distance), or less than zero if the sign is set, and half of what is cut off, less a unit for
+        a negative number: halves are rounded away from zero."""
+        last = KV_BITS - 1  # furthest shift that leaves something
+        cut = last - _BELOW
+        product = Dsp48e2(opmode=XY_M | W_C, registers={"b": 1, "ad": 0, "m": 0}, enabled=True)
+        near = distance <= last
+        power = [Mux(sign, (distance >= last - bit) & near, distance == last - bit) for bit in range(last + 1)]
+        m.d.comb += [
+            product.a.eq(significand), product.b.eq(Cat(*power, sign & near).as_signed()),
+            product.c.eq(Cat(sign.replicate(cut - 1), ~sign)), product.en.eq(self.en), o.eq(product.p >> cut),
+        ]
+        return product
 
     def _parts(self, index):
         """Fraction of an element, what stands in front of the fraction of a narrow one, and the sign."""
@@ -225,7 +246,6 @@ class KvBuffer(wiring.Component):
 
         # ---- write: memories of each port for even and odd rows of records, and of the exponents -----------------
         half = rows // 2  # rows of a memory
-        head_bits = (config.kvbuf_heads - 1).bit_length()
         parts = config.kv_parts  # of a memory
         banks, exponents, buffered = [], {"k": [], "v": []}, []  # [port][parity]
         for p in range(config.ports):
@@ -253,21 +273,20 @@ class KvBuffer(wiring.Component):
             for number, (side, memories) in enumerate(exponents.items()):
                 of_port = []
                 for parity, exponent in enumerate(source.exponent):
-                    memory = Memory(shape=data.ArrayLayout(EXPONENT_BITS, half), depth=2 * config.kvbuf_heads, init=[])
+                    memory = KvExponents(heads=config.kvbuf_heads, rows=half)
                     m.submodules[f"{side}_exponents{p}_{parity}"] = memory
-                    port = memory.write_port(granularity=1)
-                    m.d.comb += [port.addr.eq(Cat(exponent.slot, exponent.head)),
-                                 port.en.eq(exponent.en[number] << exponent.row[1:]),
-                                 *(part.eq(exponent.exponents[number]) for part in port.data)]
-                    port = memory.read_port(domain="comb")
-                    m.d.comb += port.addr.eq(Cat(getattr(self, f"{side}_slot"),
-                                                 getattr(self, f"{side}_head")[:head_bits]))
-                    of_port.append((port, memory.read_port()))
+                    m.d.comb += [
+                        memory.en.eq(exponent.en[number] << exponent.row[1:]), memory.slot.eq(exponent.slot),
+                        memory.head.eq(exponent.head), memory.exponent.eq(exponent.exponents[number]),
+                        memory.now_slot.eq(getattr(self, f"{side}_slot")),
+                        memory.now_head.eq(getattr(self, f"{side}_head")),
+                    ]
+                    of_port.append(memory)
                 memories.append(of_port)
         m.d.comb += self.buffered.eq(tree_sum(buffered))
         for side, memories in exponents.items():
             m.d.comb += getattr(self, f"{side}_exponents").eq(Cat(
-                memories[p][r % 2][0].data[r // 2] for r in range(rows) for p in range(config.ports)))
+                memories[p][r % 2].now[r // 2] for r in range(rows) for p in range(config.ports)))
 
         # ---- read: request, first beat of the head, address, memory, shift amounts, shifts ------------------------
         request, waiting, prepared = Signal(KvRequest(config)), Signal(), Signal()
@@ -330,10 +349,10 @@ class KvBuffer(wiring.Component):
                                  bank.addr.eq(Cat(a_side.row[1:], tile.slot, at))]
                 found = []
                 for number, memories in enumerate(exponents.values()):
-                    _, port = memories[p][parity]
-                    m.d.comb += [port.en.eq(wanted & (tile.value == number)),
-                                 port.addr.eq(Cat(tile.slot, tile.head[:head_bits]))]
-                    found.append(port.data[b_side.row[1:]])
+                    memory = memories[p][parity]
+                    m.d.comb += [memory.ahead_en.eq(wanted & (tile.value == number)),
+                                 memory.ahead_slot.eq(tile.slot), memory.ahead_head.eq(tile.head)]
+                    found.append(memory.ahead[b_side.row[1:]])
                 lines[parity][0].append(Cat(bank.data for bank in banks[p][parity]))
                 lines[parity][1].append(Mux(b_side.value, found[1], found[0]))
         if pairs:
@@ -352,7 +371,7 @@ class KvBuffer(wiring.Component):
         mantissas = []
         for i, (beat, exponent) in enumerate(zip(beat_data, token_exponents)):
             m.submodules[f"shift{i}"] = shift = KvShift(
-                elements=config.beat_elements, narrow=config.kv_narrow, bits=_tile_bits(config))
+                elements=config.beat_elements, narrow=config.kv_narrow, bits=_tile_bits(config), dsp=config.dsp)
             for part, read in enumerate(shift.beats):
                 m.d.comb += read.eq(beat.word_select(part, config.port_bits))
             own = ~b_side.zero

@@ -100,6 +100,30 @@ def test_simulates_at_full_rate():
     simulator.run()
 
 
+def test_enabled_registers_hold():
+    """Operands and result advance with an enable each."""
+    dsp = Dsp48e2(opmode=W_C | XY_M, registers={"b": 1, "ad": 0, "m": 0}, enabled=True)
+    assert dsp.latency == dsp.c_latency == 2
+    generator = random.Random(2)
+
+    async def bench(context):
+        held, result = None, None
+        for _ in range(200):
+            a, b, c, d = (generator.randrange(-1 << width - 2, 1 << width - 2) for width in (27, 18, 47, 27))
+            en = generator.randrange(4)
+            for port, value in ((dsp.a, a), (dsp.b, b), (dsp.c, c), (dsp.d, d), (dsp.en, en)):
+                context.set(port, value)
+            await context.tick()
+            result = held if en & 2 else result
+            held = c + (a + d) * b if en & 1 else held
+            assert result is None or context.get(dsp.p) == result
+
+    simulator = Simulator(dsp)
+    simulator.add_clock(1e-6)
+    simulator.add_testbench(bench)
+    simulator.run()
+
+
 def test_primitive_has_the_same_ports_and_its_settings():
     for mode in MODES.values():
         generic, primitive = Dsp48e2(**mode), Dsp48e2(**mode, target="dsp48e2")
@@ -119,6 +143,14 @@ def test_primitive_has_the_same_ports_and_its_settings():
         assert ports["OPMODE"] == f"9'{mode['opmode']:09b}" and ports["ALUMODE"] == f"4'{mode['alumode']:04b}"
 
 
+def test_enables_of_the_primitive():
+    dsp = Dsp48e2(registers={"b": 1, "ad": 0, "m": 0}, enabled=True, target="dsp48e2")
+    ports = dict(re.findall(r"connect \\(\w+) (.+)", rtlil.convert(dsp, name="top", emit_src=False)))
+    assert {name: ports[f"CE{name}"] for name in ("A1", "B1", "C", "D")} == dict.fromkeys(
+        ("A1", "B1", "C", "D"), r"\en [0]")
+    assert ports["CEP"] == r"\en [1]"
+
+
 @pytest.mark.parametrize("settings, message", [
     (dict(target="ecp6"), "target must be None, generic or dsp48e2, not 'ecp6'"),
     (dict(opmode=0b000110101), "opmode must be X = Y = M, W = 0 or C, Z = 0 or PCIN .*, not 000110101"),
@@ -128,6 +160,7 @@ def test_primitive_has_the_same_ports_and_its_settings():
     (dict(registers={"a": 2}), "register a must be 0..1, not 2"),
     (dict(registers={"x": 1}), "registers are a, b, c, d, ad, m, p, not 'x'"),
     (dict(registers={"d": 0}), "must meet in the pre-adder: registers a = d, not 1 and 0"),
+    (dict(enabled=True), "no registers between operands and result, not ad = 1, m = 1"),
     (dict(registers={"ad": 0}), r"must meet in the multiplier: registers b = a \+ ad, not 2 and 1 \+ 0"),
 ])
 def test_refuses_what_the_lanes_do_not_need(settings, message):

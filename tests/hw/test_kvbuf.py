@@ -17,11 +17,12 @@ from skipopu.sim.bench import Stall, StreamSink, StreamSource, bench, bench_para
 
 TINY = preset("tiny")
 WIDE = dataclasses.replace(TINY, name="wide", ports=4, columns=32)  # a superbeat spans more tokens than dimensions
-# a tree of two stages; capacities that are no powers of two, and reached
-FLAT = dataclasses.replace(TINY, name="flat", ports=4, lanes=16, columns=32, port_bits=128, kvbuf_heads=21)
+# a tree of two stages; slices of a device; capacities that are no powers of two, and reached
+FLAT = dataclasses.replace(
+    TINY, name="flat", ports=4, lanes=16, columns=32, port_bits=128, kvbuf_heads=21, dsp="dsp48e2")
 SINGLE = dataclasses.replace(TINY, name="single", ports=8)  # one row of records a step
 # a head is one port beat, and exponents of many heads fill several
-BEAT = dataclasses.replace(TINY, name="beat", lanes=4, ports=4, kvbuf_heads=21)
+BEAT = dataclasses.replace(TINY, name="beat", lanes=4, ports=4, kvbuf_heads=85)
 CONFIGS = {config.name: config for config in (TINY, WIDE, FLAT, SINGLE, BEAT)}
 FORMATS = list(KvFormat)
 
@@ -180,9 +181,9 @@ def shapes(config, rng):
         yield 1, config.lanes, record_format, 5 * least(1, 1, record_format)  # four fifths padding
         yield 3, config.lanes, record_format, least(3, 1, record_format) + 3
         yield 3, 2 * config.lanes, FORMATS[number - 1], least(3, 2, FORMATS[number - 1])
-        if config.kvbuf_heads == 21:
-            for heads in (21, 7):
-                blocks = 21 // heads
+        if config.kvbuf_heads % 2:
+            for heads in (config.kvbuf_heads, 7):
+                blocks = config.kvbuf_heads // heads
                 yield heads, blocks * config.lanes, record_format, least(heads, blocks, record_format)
     for record_format in FORMATS:
         heads, blocks = int(rng.integers(1, 8)), int(rng.integers(1, 4))
