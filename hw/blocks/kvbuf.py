@@ -18,6 +18,7 @@ from amaranth.lib import data, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
+from ..emission import place
 from ..formats import KV_BITS
 from ..isa import KvFormat
 from .dot import word_bits
@@ -320,7 +321,7 @@ class KvBuffer(wiring.Component):
         values_inner = (config.columns // config.beat_elements).bit_length() - 1
         keys_offset, values_offset = Cat(count[:keys_inner], tile.k), Cat(count[:values_inner], tile.n)
         keys_row, values_row = Cat(count[keys_inner:], tile.n), Cat(count[values_inner:], tile.k)
-        offset, place = Signal(max(len(keys_offset), len(values_offset))), Signal(beat_bits)
+        offset, position = Signal(max(len(keys_offset), len(values_offset))), Signal(beat_bits)
         # row: of the first of the records
         side = data.StructLayout({"zero": 1, "row": range(rows), "value": 1, "last": 1, "format": KvFormat, "pick": 2})
         a_side, b_side, c_last = Signal(side), Signal(side), Signal()
@@ -329,16 +330,16 @@ class KvBuffer(wiring.Component):
             offset.eq(Mux(tile.value, values_offset, keys_offset)),
             a_side.zero.eq(offset >= head_beats[tile.slot]),  # a head may be shorter than the array is wide
             a_side.row.eq(Mux(tile.value, values_row, keys_row) << int(pairs)),
-            a_side.value.eq(tile.value), a_side.last.eq(ends), place.eq(start + offset),
+            a_side.value.eq(tile.value), a_side.last.eq(ends), position.eq(start + offset),
         ]
-        within = [place]  # address in each part of a memory
+        within = [position]  # address in each part of a memory
         if config.kv_narrow:
             narrow = Signal()
             within = [Signal(beat_bits - 1, name=f"within{part}") for part in range(2)]
             m.d.comb += [
                 a_side.format.eq(Array(shape.format for shape in shapes)[tile.slot]),
-                narrow.eq(a_side.format != KvFormat.FP16), a_side.pick.eq(Mux(narrow, place[:2], place[-1])),
-                *(at.eq(Mux(narrow, place >> part + 1, place)) for part, at in enumerate(within)),
+                narrow.eq(a_side.format != KvFormat.FP16), a_side.pick.eq(Mux(narrow, position[:2], position[-1])),
+                *(at.eq(Mux(narrow, position >> part + 1, position)) for part, at in enumerate(within)),
             ]
         lines = [([], []), ([], [])]  # of even and of odd rows: beats and their exponents, of each port
         for p in range(config.ports):
@@ -370,8 +371,9 @@ class KvBuffer(wiring.Component):
                 m.d.sync += self.tile.payload.last.eq(c_last)
         mantissas = []
         for i, (beat, exponent) in enumerate(zip(beat_data, token_exponents)):
-            m.submodules[f"shift{i}"] = shift = KvShift(
-                elements=config.beat_elements, narrow=config.kv_narrow, bits=_tile_bits(config), dsp=config.dsp)
+            shift = place(m, platform, f"shift{i}", lambda: KvShift(
+                elements=config.beat_elements, narrow=config.kv_narrow, bits=_tile_bits(config), dsp=config.dsp),
+                module="kv_shift")
             for part, read in enumerate(shift.beats):
                 m.d.comb += read.eq(beat.word_select(part, config.port_bits))
             own = ~b_side.zero

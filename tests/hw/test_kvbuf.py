@@ -6,13 +6,13 @@ from typing import NamedTuple
 import cocotb
 import numpy as np
 import pytest
-from amaranth.back import rtlil
 from cocotb.triggers import ClockCycles, RisingEdge
 from skipopu.hw.blocks.kvbuf import KvBuffer, KvRequest, KvTile
 from skipopu.hw.blocks.kvintake import PENDING, KvRecord, KvShape, count_bits
 from skipopu.hw.blocks.kvpack import KvPacker
 from skipopu.hw.config import PRESETS, OverlayConfig, preset
 from skipopu.hw.isa import KvFormat
+from skipopu.hw.verilog import to_rtlil
 from skipopu.sim.bench import Stall, StreamSink, StreamSource, bench, bench_parameters, cycle, run_bench
 
 TINY = preset("tiny")
@@ -425,4 +425,4 @@ def test_elaborates(name):
     """In full width; one head, since Amaranth writes every bit of a memory into its text."""
     config = preset(name)
     config = dataclasses.replace(config, kvbuf_heads=1, buffer_beats=min(config.buffer_beats, 1))
-    assert "module" in rtlil.convert(KvBuffer(config=config), name="top", emit_src=False)
+    assert "module" in to_rtlil(KvBuffer(config=config), name="top")
