@@ -114,7 +114,8 @@ class KvShift(wiring.Component):
         cut = last - _BELOW
         product = Dsp48e2(opmode=XY_M | W_C, registers={"b": 1, "ad": 0, "m": 0}, enabled=True)
         near = distance <= last
-        power = [Mux(sign, (distance >= last - bit) & near, distance == last - bit) for bit in range(last + 1)]
+        power = [Mux(sign, (distance >= last - bit) & near, distance == last - bit) for bit in range(last)]
+        power.append(Mux(sign, near, distance == 0))
         m.d.comb += [
             product.a.eq(significand), product.b.eq(Cat(*power, sign & near).as_signed()),
             product.c.eq(Cat(sign.replicate(cut - 1), ~sign)), product.en.eq(self.en), o.eq(product.p >> cut),
