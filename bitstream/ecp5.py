@@ -29,9 +29,9 @@ _SYNTH = "synth_ecp5 -top top -nowidelut -abc9"
 # Less dense than the placer would make it: wires are what runs out first.
 _PLACE = ("--router", "router1", "--no-route", "--placer-heap-beta", "0.5", "--placer-heap-alpha", "0.15")
 _ROUTE = ("--router", "router1", "--no-pack", "--no-place", "--no-tmdriv")
-# Router1 takes wires away arc by arc, and comes to its end where the rounds of router2 leave thousands of wires with two
-# owners. Critical arcs that never leave each other's wires cost both of them dearly: placement is timing-driven, routing,
-# a run of its own, is not. The settings of the first run are in its result and win over options.
+# Router1 takes wires away arc by arc, and ends where the rounds of router2 leave thousands of wires with two owners.
+# Placement is timing-driven, routing, a run of its own, is not: critical arcs would never leave each other's wires. The
+# settings of the first run are in its result and win over options.
 _TIMING = re.compile(r'("timing_driven": ")[01]+"')
 _STAGES = ("coarse", "map_ram", "map_ffram", "map_gates", "map_ffs", "map_luts", "map_cells", "check")
 # After the first of them: tables in block RAM, however small, and sums of several numbers as carry chains, not as trees
