@@ -365,7 +365,7 @@ def test_kv_formats(call, model, tmp_path):
     assert sizes["8"] < sizes["12"] < sizes["fp16"]
     assert "KV format must be fp16, 12, 8, not 'fp8'" in call.bad(*arguments, "--kv-format", "fp8")
     assert ("configuration ulx3s has KV records in FP16 only, not in 8 bits; use KV format fp16, or configuration tiny "
-            "or sim or u280") in call.bad(*arguments, "--config", "ulx3s", "--kv-format", "8")
+            "or sim or sim16 or u280") in call.bad(*arguments, "--config", "ulx3s", "--kv-format", "8")
     assert "give --buffer, --kv-share and --kv-format to compile" in call.bad("generate", "-m", bundle, *PROMPT,
                                                                               "--kv-format", "8")
 
@@ -532,7 +532,8 @@ def test_tensor_of_the_wrong_shape(call, tmp_path):
 def test_model_too_large_for_the_configuration(call, tmp_path):
     write_gguf(random_model(1, heads=32, kv_heads=1, head_dim=8), tmp_path / "large.gguf")
     line = call.bad("compile", "-m", tmp_path / "large.gguf", *TINY, "-o", tmp_path / "out")
-    assert "does not fit configuration tiny: acc_rows" in line and "but is 16; use configuration sim or u280" in line
+    assert "does not fit configuration tiny: acc_rows" in line
+    assert "but is 16; use configuration sim or sim16 or u280" in line
     assert not (tmp_path / "out").exists() and len(list(tmp_path.iterdir())) == 1
 
 

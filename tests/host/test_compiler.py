@@ -153,7 +153,7 @@ def test_routers_that_the_overlay_cannot_run(changed, message):
 @pytest.mark.parametrize(("geometry", "kv", "context", "limit"), [
     ({"hidden": 1024, "layers": 1, "vocab": 8}, "dense", 16, "router_rows .* must be at least 512 but is 256"),
     ({"layers": 65, "hidden": 32, "mlp": 32, "head_dim": 8}, "dense", 16, "layers of a routed model must be .* 65"),
-    ({"context": 512}, "reuse", 512, "history_tokens .* must be at least 512 but is 256; use .* sim or u280"),
+    ({"context": 512}, "reuse", 512, "history_tokens .* must be at least 512 but is 256; use .* sim or sim16 or u280"),
     ({"layers": 65, "hidden": 32, "mlp": 32, "head_dim": 8}, "reuse", 16, "layers of a routed model must be .* 65"),
 ])
 def test_capacity_of_routed_programs(geometry, kv, context, limit):
@@ -220,7 +220,7 @@ def test_more_records_than_pointers_can_name():
 
 @pytest.mark.parametrize(("geometry", "limit", "advice"), [
     ({"heads": 44, "kv_heads": 44, "head_dim": 8}, "state_rows", "no preset"),
-    ({"heads": 24, "kv_heads": 1, "head_dim": 8}, "acc_rows", "use configuration sim or u280"),
+    ({"heads": 24, "kv_heads": 1, "head_dim": 8}, "acc_rows", "use configuration sim or sim16 or u280"),
     ({"hidden": 16384, "layers": 1, "vocab": 8}, "abuf_rows", "u280"),
     ({"heads": 32, "kv_heads": 32, "head_dim": 64}, "kvbuf_heads", "u280"),
 ])
@@ -330,7 +330,7 @@ MUTATIONS = [
     ("vlogits", {"imm": 0}, "logits that count"),
     ("loadkv", {"record": 1}, "record must be"), ("loadkv", {"format": 1}, "format must be FP16, not 1"),
     ("storekv", {"record": 17}, "record must be 16, not 17"), ("storekv", {"format": 2}, "format must be FP16, not 2"),
-    ("loadkv", {"imm": 100000}, "not in a region"), ("loadkv", {"reads": 0}, "reads must be"),
+    ("loadkv", {"imm": 100000}, "not in a region"),
     ("storekv", {"reads": 0}, "reads must be"),
     ("storekv", {"imm": 0}, "not in a region"),
     ("storel", {"count": 1}, "VLOGITS sends"),
@@ -346,14 +346,9 @@ def test_checker_finds_a_wrong_field(small, mnemonic, fields, message):
 
 
 def moved(program, pc, to):
-    """The program with one instruction moved to another place, branches following theirs."""
-    words, places = list(program.words), list(range(len(program.words) + 1))
+    """The program with one instruction moved to another place."""
+    words = list(program.words)
     words.insert(to, words.pop(pc))
-    places.insert(to, places.pop(pc))
-    for at, word in enumerate(words):
-        item, fields = decode(word)
-        if item.mnemonic == "branch":
-            words[at] = encode("branch", **fields | {"imm": places.index(fields["imm"])})
     return Program(words, program.notes)
 
 
@@ -393,7 +388,6 @@ ROUTED_MUTATIONS = [  # instruction, its number or -1 for the last, changed fiel
     ("branch", -1, {"list": RowList.NO_MLP}, "consumes|VLOGITS|takes rows|rows must be"),
     ("loada", 3, {"x": -1}, "one region"),
     ("storel", 0, {"list": RowList.ATTENTION}, "nobody takes"),
-    ("loadkv", 1, {"reads": 1}, "reads must be"),  # a tile of records before the run's
 ]
 
 
