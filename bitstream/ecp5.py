@@ -30,8 +30,8 @@ _SYNTH = "synth_ecp5 -top top -nowidelut -abc9"
 _PLACE = ("--router", "router1", "--no-route", "--placer-heap-beta", "0.5", "--placer-heap-alpha", "0.15")
 _ROUTE = ("--router", "router1", "--no-pack", "--no-place", "--no-tmdriv")
 # Router1 takes wires away arc by arc, and ends where the rounds of router2 leave thousands of wires with two owners.
-# Placement is timing-driven, routing, a run of its own, is not: with router2, critical arcs never left each other's wires. The
-# settings of the first run are in its result and win over options.
+# Placement is timing-driven, routing, a run of its own, is not: with router2, critical arcs never left each other's
+# wires. The settings of the first run are in its result and win over options.
 _TIMING = re.compile(r'("timing_driven": ")[01]+"')
 _STAGES = ("coarse", "map_ram", "map_ffram", "map_gates", "map_ffs", "map_luts", "map_cells", "check")
 # After the first of them: tables in block RAM, however small, and sums of several numbers as carry chains, not as trees
