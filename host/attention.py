@@ -58,7 +58,7 @@ class AttentionTiles:
         # clamped here, since the instruction's row count has fewer bits than a context may need
         loop = emit("add", rd=_LEFT, imm_reg=_LIMIT, rows_reg=Register.TOKENS)
         emit("min", rd=_LEFT, imm_reg=_LEFT, rows_reg=_TILE)
-        emit("loadkv", reads=_R.KVMEM, imm=records, rows_reg=_LEFT, **plan.record_fields, **where)
+        self._load(records, where)
         emit("matmul", reads=_R.MQ, x=on_chip["mq"], mode=MatmulMode.QK, **heads,
              n_tiles=config.tile_tokens // config.columns, k_tiles=head_rows, row_stride=plan.rows(plan.q_width),
              group_stride=head_rows, head_stride=plan.groups * head_rows, beats=tile)
@@ -78,3 +78,14 @@ class AttentionTiles:
         else:
             emit("addi", rd=_OFFSET, imm_reg=_OFFSET, imm=plan.tile_superbeats)
         emit("branch", rows_reg=_INDEX, x_reg=_TILES, condition=Condition.LT, imm=loop)
+
+    def _load(self, records: int, where: dict[str, int]) -> None:
+        """One tile. Only a tile with positions of this run has to wait until their records are stored."""
+        build = self.build
+        fields = {"imm": records, "rows_reg": _LEFT, **self.plan.record_fields, **where}
+        older = build.emit("halt")
+        build.emit("loadkv", reads=_R.KVMEM, **fields)
+        over = build.emit("halt")
+        build.patch(older, "branch", rows_reg=_LIMIT, x_reg=_TILE, condition=Condition.GE, list=build.rows,
+                    imm=build.emit("loadkv", **fields))
+        build.patch(over, "branch", condition=Condition.EQ, list=build.rows, imm=len(build.words))

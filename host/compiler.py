@@ -42,6 +42,7 @@ __all__ = ["Placement", "compile_model", "emit_program"]
 
 _INDEX, _LIMIT, _OFFSET, _TOKEN = Register.T1, Register.T2, Register.T3, Register.T4
 _R = Resource
+_SHORT_QUEUE = 2  #: instructions: a unit's queue that two loads fill
 
 
 def compile_model(model: Model, config: OverlayConfig, context: int | None = None, routers: Routers | None = None,
@@ -143,6 +144,7 @@ class _Emitter:
         self._load_gain("layers.0.attn_norm", 0, 0)
         self.build.at(0, "attention", "layers.0.attn_norm")
         self._norm(_R.GAIN0, "gain0", **self._scored(0))
+        self._load_mlp_gain(0, RowList.ALL)
 
     def _beat(self, region: str) -> int:
         """First vector beat of an MBUF region."""
@@ -154,9 +156,9 @@ class _Emitter:
         return {"rows_reg": Register.TOKENS, "heads": 1, "groups": 1, "beats": beats, "row_stride": beats,
                 "vector": beats}
 
-    def _load_gain(self, name: str, slot: int, layer: int | None = None) -> None:
+    def _load_gain(self, name: str, slot: int, layer: int | None = None, rows: RowList = RowList.ALL) -> None:
         """Load the gain of a norm, and the routers' weights of the layer whose input it scales."""
-        self.build.at(-1, "gain", name)
+        self.build.at(-1, "gain", name, rows)
         hidden = self.plan.hidden
         self.build.emit("loada", writes=(_R.GAIN0, _R.GAIN1)[slot], imm=self.image.address(name), rows=1,
                         x=self.on_chip[f"gain{slot}"], count=row_superbeats(self.config, hidden),
@@ -168,6 +170,13 @@ class _Emitter:
             self.build.emit("loada", writes=_R.GAIN0, imm=self.image.address(name), rows=1,
                             x=ROUTER_ROWS_AT - (1 << 16) + self._slot(layer), count=row_superbeats(self.config, hidden),
                             beats=self.plan.beats(hidden))
+
+    def _load_mlp_gain(self, layer: int, rows: RowList) -> None:
+        """Load the gain of the norm before the MLP: while the MLP of the layer before runs, or if nobody executes that
+        one (``rows`` is NO_MLP) behind the first weights of the layer, since it waits for the attention's last norm.
+        Short queues take it at the layer's begin, as two loads behind those weights would fill them."""
+        if self.config.queue_depth > _SHORT_QUEUE:
+            self._load_gain(f"layers.{layer}.mlp_norm", 1, rows=rows)
 
     def _slot(self, layer: int) -> int:
         """First row of the router buffer that holds a layer's weights."""
@@ -220,7 +229,8 @@ class _Emitter:
     def _attention(self, layer: int) -> None:
         plan, emit, on_chip = self.plan, self.build.emit, self.on_chip
         name = f"layers.{layer}."
-        self._load_gain(name + "mlp_norm", 1)
+        if self.config.queue_depth <= _SHORT_QUEUE:
+            self._load_gain(name + "mlp_norm", 1)
         head = plan.beats(plan.head_dim)
         self._keys_values(layer)
         self.build.at(layer, "attention", name + "q", self.attending)
@@ -230,6 +240,10 @@ class _Emitter:
              scale=RowScale.RSQRT, dest=Destination.MBUF)
         self.build.at(layer, "attention", f"kv.{layer}", self.attending)
         self.tiles.emit(layer, self._records(layer))
+        if layer == self.model.layers - 1:
+            self._load_gain("final_norm", 0)
+        else:
+            self._load_gain(f"layers.{layer + 1}.attn_norm", 0, layer + 1)
         self.build.at(layer, "attention", name + "o", self.attending)
         emit("vscale", reads=_R.OUT, writes=_R.MO, imm=vector_imm(on_chip["out"], self._beat("mo")),
              **self._rows(plan.q_width), wrap=head, scale=RowScale.RECIPROCAL)
@@ -245,6 +259,8 @@ class _Emitter:
         """
         name, every = f"layers.{layer}.", layer == 0 or self.plan.kv != "reuse"
         rows = RowList.ALL if every else self.attending
+        if every and layer and self.biases:
+            self._load_mlp_gain(layer, RowList.NO_MLP)
         if not every:
             self._early_keys(layer)
         for tensor in "kv":
@@ -277,6 +293,7 @@ class _Emitter:
         name, early = f"layers.{layer}.k", self._early(layer)
         self.build.at(layer, "attention", name)
         self._loadw(name, count=early)
+        self._load_mlp_gain(layer, RowList.NO_MLP)
         self._route(layer)
         if early < self.image.weights[name].count:
             self.build.at(layer, "attention", name, self.attending)
@@ -301,15 +318,13 @@ class _Emitter:
         plan = self.plan
         name = f"layers.{layer}."
         last = layer == self.model.layers - 1
-        if last:
-            self._load_gain("final_norm", 0)
-        else:
-            self._load_gain(f"layers.{layer + 1}.attn_norm", 0, layer + 1)
         self.build.at(layer, "mlp", name + "gate_up", self.feeding)
         self._matmul(name + "gate_up", _R.MX, "mx", plan.hidden, 2 * plan.mlp)
         mlp = plan.beats(plan.mlp)
         self.build.emit("vswiglu", writes=_R.MH, imm=vector_imm(0, self._beat("mh")),
                         **self._rows(plan.mlp) | {"beats": 2 * mlp}, scale=RowScale.RSQRT)
+        if not last:
+            self._load_mlp_gain(layer + 1, self.feeding)
         self.build.at(layer, "mlp", name + "down", self.feeding)
         self._matmul(name + "down", _R.MH, "mh", plan.mlp, plan.hidden)
         self._add(_R.GAIN0, "gain0", RowList.NOT_MLP, RowList.ALL, **{} if last else self._scored(layer + 1))

@@ -80,7 +80,7 @@ def blocks(program: Program, run: Sequence[Span]) -> list[Block]:
     ends: dict[tuple[int, str], int] = {}  # in the order of the run
     for span in run:
         note = program.notes[span.pc]
-        end = 0 if span.unit == Unit.LOAD else span.done
+        end = 0 if decode(program.words[span.pc])[0].unit == Unit.LOAD else span.done  # dropped ones too
         key = (note.layer, note.module)
         ends[key] = max(ends.get(key, 0), end)
     cut, begin = [], run[0].dispatch

@@ -64,6 +64,7 @@ class _State:
 
     plan: Plan
     regions: Mapping[str, tuple[int, int]]
+    position: int  # first of the run
     written: dict[str, np.ndarray]
     spans: dict[str, list[tuple[int, int, str]]]
     order: LoadOrder
@@ -103,8 +104,8 @@ class _State:
                          f"{name} is read before all of it is written")
             self.reads |= RESOURCES[name]
 
-    def memory(self, address: int, count: int, kinds: tuple[str, ...], write: bool = False) -> None:
-        """Account for an access to superbeats of memory, all in one region of the kinds given."""
+    def memory(self, address: int, count: int, kinds: tuple[str, ...], write: bool = False) -> int:
+        """Account for an access to superbeats of memory, all in one region of the kinds given. Returns where in it."""
         name = next((name for name, (first, size) in self.regions.items()
                      if first <= address and address + count <= first + size), None)
         kind = (name or "").split(".")[0]
@@ -115,13 +116,14 @@ class _State:
                 self.writes |= RESOURCES[kind]
             else:
                 self.reads |= RESOURCES[kind]
+        return address - self.regions[name or ""][0]
 
 
 def check_program(program: Program, plan: Plan, regions: Mapping[str, tuple[int, int]],
                   cases: list[Arguments] | None = None) -> None:
     """Walk ``program`` for each of ``cases`` (by default the corner cases). Raises CheckError at the first mistake."""
     for arguments in corner_arguments(plan) if cases is None else cases:
-        state = _fresh(plan, regions)
+        state = _fresh(plan, regions, arguments.position)
         for pc, mnemonic, unit, fields in walk(program, arguments):
             try:
                 if fields["mask"]:
@@ -130,7 +132,7 @@ def check_program(program: Program, plan: Plan, regions: Mapping[str, tuple[int,
                 raise CheckError(f"{program.describe(pc)}: {error} ({arguments})") from None
 
 
-def _fresh(plan: Plan, regions: Mapping[str, tuple[int, int]]) -> _State:
+def _fresh(plan: Plan, regions: Mapping[str, tuple[int, int]], position: int) -> _State:
     config, at = plan.config, plan.addresses()
     ratio, kvout = config.lanes // config.vector_lanes, config.beat_elements // config.vector_lanes
     spans = {"abuf": [(at[name], at[name] + size, name) for name, size in plan.abuf().items()],
@@ -138,7 +140,7 @@ def _fresh(plan: Plan, regions: Mapping[str, tuple[int, int]]) -> _State:
              "kvout": [(0, config.kvout_rows * kvout, "kvout")], "routers": [(0, config.router_rows, "routers")]}
     sizes = {"abuf": config.abuf_rows, "mbuf": config.mbuf_rows * ratio, "kvout": config.kvout_rows * kvout,
              "routers": config.router_rows}
-    return _State(plan, regions, {space: np.zeros(size, bool) for space, size in sizes.items()}, spans,
+    return _State(plan, regions, position, {space: np.zeros(size, bool) for space, size in sizes.items()}, spans,
                   LoadOrder(config.queue_depth))
 
 
@@ -205,10 +207,15 @@ def _load_tile(state: _State, f: dict[str, int]) -> None:
     state.require(used <= config.kvbuf_heads, f"the KV buffer holds {config.kvbuf_heads} heads, not {used}")
     tokens = min(f["rows"], config.tile_tokens)
     state.require(tokens >= 1, "rows must be at least 1")
+    first = f["x"]
     if not f["reuse"]:
-        state.memory(f["imm"], -(-tokens // config.ports) * record, ("kv",))
+        first = state.memory(f["imm"], -(-tokens // config.ports) * record, ("kv",)) // record * config.ports
+    else:
+        state.memory(f["imm"], state.plan.places * record, ("kv",))
+    if first + tokens <= state.position:  # stored by runs before
+        state.reads &= ~Resource.KVMEM
+    if not f["reuse"]:
         return
-    state.memory(f["imm"], state.plan.places * record, ("kv",))
     state.require(0 <= f["x"] <= config.history_tokens - tokens and f["x"] % config.ports == 0,
                   f"positions {f['x']}..{f['x'] + tokens - 1} are not all among the {config.history_tokens} that have "
                   f"pointers, from a multiple of {config.ports} on")

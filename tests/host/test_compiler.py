@@ -330,7 +330,7 @@ MUTATIONS = [
     ("vlogits", {"imm": 0}, "logits that count"),
     ("loadkv", {"record": 1}, "record must be"), ("loadkv", {"format": 1}, "format must be FP16, not 1"),
     ("storekv", {"record": 17}, "record must be 16, not 17"), ("storekv", {"format": 2}, "format must be FP16, not 2"),
-    ("loadkv", {"imm": 100000}, "not in a region"),
+    ("loadkv", {"imm": 100000}, "not in a region"), ("loadkv", {"reads": 0}, "reads must be"),
     ("storekv", {"reads": 0}, "reads must be"),
     ("storekv", {"imm": 0}, "not in a region"),
     ("storel", {"count": 1}, "VLOGITS sends"),
@@ -346,9 +346,14 @@ def test_checker_finds_a_wrong_field(small, mnemonic, fields, message):
 
 
 def moved(program, pc, to):
-    """The program with one instruction moved to another place."""
-    words = list(program.words)
+    """The program with one instruction moved to another place, branches following theirs."""
+    words, places = list(program.words), list(range(len(program.words) + 1))
     words.insert(to, words.pop(pc))
+    places.insert(to, places.pop(pc))
+    for at, word in enumerate(words):
+        item, fields = decode(word)
+        if item.mnemonic == "branch":
+            words[at] = encode("branch", **fields | {"imm": places.index(fields["imm"])})
     return Program(words, program.notes)
 
 
@@ -388,6 +393,7 @@ ROUTED_MUTATIONS = [  # instruction, its number or -1 for the last, changed fiel
     ("branch", -1, {"list": RowList.NO_MLP}, "consumes|VLOGITS|takes rows|rows must be"),
     ("loada", 3, {"x": -1}, "one region"),
     ("storel", 0, {"list": RowList.ATTENTION}, "nobody takes"),
+    ("loadkv", 1, {"reads": 1}, "reads must be"),  # a tile of records before the run's
 ]
 
 

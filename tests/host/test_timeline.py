@@ -59,6 +59,22 @@ def test_a_dropped_instruction_takes_no_command(program):
     assert (second.pc, second.start, second.done) == (2, 3, 9)
 
 
+def test_a_dropped_load_ends_no_block():
+    """It is in the program ahead of the block that it is dropped in."""
+    build = Builder()
+    build.at(-1, "gain")
+    build.emit("loada", rows=1, count=1, beats=1)
+    build.at(0, "mlp")
+    build.emit("vnorm", heads=1, groups=1, rows=1, beats=1)
+    build.at(-1, "gain")
+    build.emit("loada", rows=1, count=1, beats=1)
+    program, load, vector = build.program(), 1 << Unit.LOAD, 1 << Unit.VECTOR
+    run = spans(program, events((0, {"dispatch": 1, "pc": 0}), (1, {"dispatch": 1, "pc": 1}), (2, {"start": load}),
+                                (3, {"done": load}), (4, {"start": vector}), (9, {"done": vector}),
+                                (20, {"dispatch": 1, "pc": 2, "dropped": 1})))
+    assert blocks(program, run) == [Block(-1, "gain", 0, 0), Block(0, "mlp", 0, 9)]
+
+
 def test_an_unfinished_run_is_refused(program):
     with pytest.raises(ValueError, match="instruction 2 has no end in 9 events: record whole runs"):
         spans(program, events(*RUN[:8], RUN[9]))

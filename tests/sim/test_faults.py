@@ -290,7 +290,8 @@ def test_reset_in_the_middle_of_a_run(expected, accelerator, cycles):
 
 def test_instruction_limit_stops_without_a_fault(compiled, expected, accelerator):
     """Limits at which no stream is open; a later run is unharmed."""
-    limits = [1, 5, *(find(compiled, "loadw", f"layers.{name}") for name in ("0.k", "1.o", "1.down"))]
+    limits = [1, 5, *(executed_before(compiled, find(compiled, "loadw", f"layers.{name}"))
+                      for name in ("0.k", "1.o", "1.down"))]
     functional = on("functional", compiled)
     for limit in limits:
         for item in (functional, accelerator):
