@@ -58,6 +58,6 @@ class PeUnit(wiring.Component):
         for c in range(2):
             total = Signal(signed(width), name=f"total{c}", reset_less=True)
             m.d.sync += total.eq(tree_sum((dot.dot[c] << KV_FRACTION) >> self.gap[b] for b, dot in enumerate(dots)))
-            m.submodules[f"float{c}"] = unit = FromInt(width)
+            m.submodules[f"float{c}"] = unit = FromInt(signed(width))
             m.d.comb += [unit.en.eq(~0), unit.a.eq(total), unit.n.eq(self.exponent[c]), self.o[c].eq(unit.o)]
         return m

@@ -72,23 +72,22 @@ class BlockAlign(wiring.Component):
 
         # 3: shift to the block's exponent, with one bit below the mantissa
         short = delay(m, self.short, en[:2], "short")
-        dropped = short * (MANTISSA_BITS - ATTENTION_BITS)
+        reach = wire(m, top + short * (MANTISSA_BITS - ATTENTION_BITS), "reach")
         shifted, signs = [], []
         for k, element in enumerate(held):
             field, distance = element[15:23], Signal(9, name=f"distance_{k}")
-            m.d.comb += distance.eq(top - field + dropped)
-            places = Mux(distance > 16, 16, distance)[:5]
-            value = Mux(field.any(), Cat(element[:15], Const(1, 1)), 0)
-            shifted.append(register(2, value >> places, f"shifted_{k}"))
+            m.d.comb += distance.eq(reach - field)
+            value = Cat(element[:15], Const(1, 1)) >> distance[:4]
+            shifted.append(register(2, Mux(distance[4:].any() | ~field.any(), 0, value), f"shifted_{k}"))
             signs.append(register(2, element[23], f"sign_{k}"))
 
-        # 4: round half up, clamp (only rounding up to the next power of two exceeds the limit), sign
+        # 4: round half up, but not to the next power of two, which exceeds the limit; floor((x + 1) / 2) negates too if
+        # x is the one's complement
         mantissas, short = [], register(2, short, "short_4")
         for k, (value, sign) in enumerate(zip(shifted, signs)):
-            rounded = Signal(MANTISSA_BITS, name=f"rounded_{k}")
-            m.d.comb += rounded.eq((value + 1)[1:])
-            magnitude = rounded - Mux(short, rounded[ATTENTION_BITS - 1], rounded[MANTISSA_BITS - 1])
-            mantissas.append(register(3, Mux(sign, -magnitude, magnitude)[:MANTISSA_BITS], f"mantissa_{k}").as_signed())
+            limit = value[:ATTENTION_BITS].all() & (value[ATTENTION_BITS] | short)
+            upper, up = Cat(value[1:] ^ sign.replicate(MANTISSA_BITS - 1), sign), (value[0] & ~limit) ^ sign
+            mantissas.append(register(3, (upper + up)[:MANTISSA_BITS], f"mantissa_{k}").as_signed())
 
         # 5, 6: the sum
         total = tree([x.as_signed() for x in groups(mantissas, 4, operator.add, "sum")], operator.add)

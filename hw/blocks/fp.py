@@ -9,12 +9,17 @@ into ``en``. Models take and return arrays of FP32 bit patterns as unsigned inte
 """
 
 import numpy as np
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed
+from amaranth.hdl import Cat, Const, Module, Mux, Shape, Signal, Value, signed
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-__all__ = ["LARGEST", "FpAdd", "FpMul", "FromInt", "delay", "fields_model", "normalise", "pack", "round_model",
-           "scale2", "scale2_model", "wire"]
+from ..formats import ACC_BITS
+
+__all__ = ["LARGEST", "FpAdd", "FpMul", "FromInt", "at_least", "delay", "fields_model", "normalise", "pack",
+           "round_model", "scale2", "scale2_model", "wire"]
+
+_ACCUMULATOR = signed(ACC_BITS)
+_ZERO = Const(0, 1)
 
 LARGEST = 0x7F7FFFFF
 """Bits of the largest finite FP32 number."""
@@ -32,34 +37,79 @@ def wire(m, value, name):
     return signal
 
 
-def normalise(m, value, steps):
+def at_least(value, limit):
+    """Whether an unsigned ``value`` is at least a constant: a few gates, where a comparison would be a carry chain.
+
+    limit : at least 1
+    """
+    length = limit.bit_length()
+    if length < len(value):
+        return value[length:].any() | at_least(value[:length], limit)
+    below = (~limit & ((1 << length) - 1)).bit_length()  # the run of ones at the top
+    rest = limit & ((1 << below) - 1)
+    return value[below:].all() & at_least(value[:below], rest) if rest else value[below:].all()
+
+
+def normalise(m, value, steps, fill=_ZERO):
     """Shift ``value`` up by each of ``steps`` (each half of the one before) if so many bits at the top are zero.
 
-    Returns (shifted value of the same width, sum of the steps taken). A log shifter: few, branch-free operations in
-    simulation, and it can be cut between any two steps.
+    Returns (shifted value of the same width, sum of the steps taken); copies of the bit ``fill`` enter from below. A
+    log shifter: few, branch-free operations in simulation, and it can be cut between any two steps. Two steps look at
+    the value together, because the choice among four places is one LUT6.
     """
     width, taken = len(value), []
-    for step in steps:
-        empty = wire(m, value[width - step:] == 0, f"empty_{step}")
-        value = wire(m, Mux(empty, Cat(Const(0, step), value[:width - step]), value), f"normal_{step}")
+
+    def shift(value, step, empty):
         taken.append(empty)
+        return wire(m, Mux(empty, Cat(fill.replicate(step), value[:width - step]), value), f"normal_{step}")
+
+    for step, half in zip(steps[::2], [*steps[1::2], 0]):
+        if not half:
+            value = shift(value, step, wire(m, value[width - step:] == 0, f"empty_{step}"))
+            continue
+        upper, middle, lower = (value[width - (i + 1) * half:width - i * half] == 0 for i in range(3))
+        upper = wire(m, upper, f"upper_{step}")
+        both = wire(m, upper & middle, f"empty_{step}")
+        value = shift(shift(value, step, both), half, wire(m, Mux(both, lower, upper), f"empty_{half}"))
     return value, Cat(Const(0, steps[-1].bit_length() - 1), *reversed(taken))
 
 
-def pack(sign, exponent, value):
+def pack(m, sign, exponent, value, *, step, zero, below=_ZERO):
     """Round ``value``, a significand with its leading one at the top bit, and pack it to FP32.
 
-    exponent : exponent field of the leading one plus 2^(its width - 1), so that no comparison is signed
-    value : at least 26 bits; the top bit is 0 only when the number is zero
+    exponent : exponent field of the leading one less ``step``, plus 2^(its width - 1), so that no comparison is signed
+    step : as wide as ``exponent``, modulo 2^width; enters the carry chain of the rounding
+    value : at least 26 bits; zero : the number is zero
+    below : the bits after the last one are all equal to it, without end
     """
-    offset = 1 << (len(exponent) - 1)
-    low = len(value) - 24
-    up = value[low - 1] & (value[low] | value[:low - 1].any())
-    # a carry moves on into the exponent
-    rounded = (Cat(value[low:-1], exponent) + up)[:23 + len(exponent)]
-    small = ~value[-1] | (exponent < offset + 1)
-    large = rounded[23:] >= offset + 255
+    width, low = len(exponent), len(value) - 24
+    rest = (value[:low - 1] ^ below.replicate(low - 1)).any()
+    up = Mux(below, value[low - 1] | (value[low] & ~rest), value[low - 1] & (value[low] | rest))
+    exact = below & value[low - 1] & ~rest
+    # One chain: a carry moves on into the exponent.
+    total = Cat(Const(1, 1), value[low:-1], exponent) + Cat(up, Const(0, 23), step)
+    rounded = wire(m, total[1:24 + width], "rounded")
+    field = rounded[23:]
+    # Flushed before rounding: what rounding lifts to the smallest exponent is zero.
+    carried = (field[0] ^ exponent[0] ^ step[0]) & ~exact
+    small = zero | ~field[-1] | ((field[1:-1] == 0) & (~field[0] | carried))
+    large = field[8:-1].any() | field[:8].all()
     return Mux(small, 0, Cat(Mux(large, LARGEST, rounded[:31]), sign))
+
+
+def shift_down(m, value, places):
+    """(``value`` shifted down by ``places``, whether a one was lost)."""
+    lost = []
+    for index in reversed(range(len(places))):
+        step = min(1 << index, len(value))
+        lost.append(places[index] & value[:step].any())
+        value = wire(m, Mux(places[index], Cat(value[step:], Const(0, step)), value), f"down_{step}")
+    return value, Cat(*lost).any()
+
+
+def below_one(taken, width):
+    """1 - ``taken`` (two bits) as ``width`` bits, modulo 2^width."""
+    return Cat(~taken[0], taken[1].replicate(width - 1))
 
 
 def delay(m, value, enables, name):
@@ -98,10 +148,10 @@ def fields_model(bits):
 
 
 def scale2(a, n):
-    """a * 2^n for FP32 bits ``a`` and a signed ``n``: a combinational value of 32 bits."""
-    field = a[23:31] + n
-    small = (a[23:31] == 0) | (field < 1)
-    return Mux(small, 0, Mux(field > 254, Cat(Const(LARGEST, 31), a[31]), Cat(a[:23], field[:8], a[31])))
+    """a * 2^n for FP32 bits ``a`` and an ``n`` of -256..255: a combinational value of 32 bits."""
+    field = (a[23:31] + n)[:10]
+    small = ~a[23:31].any() | field[9] | ~field.any()
+    return Mux(small, 0, Cat(Mux(field[8] | field[:8].all(), LARGEST, Cat(a[:23], field[:8])), a[31]))
 
 
 def scale2_model(a, n):
@@ -139,25 +189,26 @@ class FpMul(wiring.Component):
         m = Module()
         product = Signal(48, reset_less=True)
         exponent = Signal(10, reset_less=True)
-        sign = Signal(reset_less=True)
+        sign, zero = Signal(reset_less=True), Signal(reset_less=True)
         result = Signal(32, reset_less=True)
         m.d.comb += self.o.eq(result)
 
-        # 1: multiply the significands; a zero operand makes the product zero through the exponent
+        # 1: multiply the significands; the exponent, plus 512, lacks one, as 128 is a bit and 127 takes an adder
         rest = 24 - self._b_bits
         a, b = Cat(self.a[:23], Const(1, 1)), Cat(self.b[rest:23], Const(1, 1))
-        both = self.a[23:31].any() & self.b[23:31].any()
         with m.If(self.en[0]):
             m.d.sync += [
                 product.eq((a * b) << rest),
-                exponent.eq(Mux(both, self.a[23:31] + self.b[23:31] + (512 - 127), 0)),
+                exponent.eq(self.a[23:31] + Cat(self.b[23:30], (~self.b[30]).replicate(2), self.b[30])),
                 sign.eq(self.a[31] ^ self.b[31]),
+                zero.eq(~self.a[23:31].any() | ~self.b[23:31].any()),
             ]
 
         # 2: one place of normalisation, round
-        value = Mux(product[47], product, Cat(Const(0, 1), product[:47]))
+        top = product[47]
+        value = Mux(top, product, Cat(Const(0, 1), product[:47]))
         with m.If(self.en[1]):
-            m.d.sync += result.eq(pack(sign, (exponent + product[47])[:10], value))
+            m.d.sync += result.eq(pack(m, sign, exponent, value, step=Cat(~top, top, Const(0, 8)), zero=zero))
         return m
 
 
@@ -201,7 +252,7 @@ class FpAdd(wiring.Component):
         shift = Signal(5)
         extended = Signal(27)
         augend = Signal(24, reset_less=True)
-        addend = Signal(27, reset_less=True)
+        addend = Signal(28, reset_less=True)
         exponent = Signal(8, reset_less=True)
         sign = Signal(reset_less=True)
         subtract = Signal(reset_less=True)
@@ -210,17 +261,18 @@ class FpAdd(wiring.Component):
             large.eq(Mux(swap, b[:31], a[:31])),
             small.eq(Mux(swap, a[:31], b[:31])),
             distance.eq(large[23:] - small[23:]),
-            shift.eq(Mux(distance > 31, 31, distance)),
+            shift.eq(distance[:5] | distance[5:].any().replicate(5)),
             extended.eq(Mux(small[23:].any(), Cat(Const(0, 3), small[:23], Const(1, 1)), 0)),
         ]
-        lost = (extended & ~(Const(-1, 27).as_unsigned() << shift)[:27]) != 0
+        different = a[31] ^ b[31]
+        shifted, lost = shift_down(m, extended, shift)
         with m.If(self.en[0]):
             m.d.sync += [
                 augend.eq(Mux(large[23:].any(), Cat(large[:23], Const(1, 1)), 0)),
-                addend.eq((extended >> shift) | lost),
+                addend.eq(Cat(shifted[0] | lost, shifted[1:], Const(0, 1)) ^ different.replicate(28)),
                 exponent.eq(large[23:]),
                 sign.eq(Mux(swap, b[31], a[31])),
-                subtract.eq(a[31] ^ b[31]),
+                subtract.eq(different),
             ]
 
         # 2: add or subtract, and the coarse steps of the normalisation
@@ -228,27 +280,29 @@ class FpAdd(wiring.Component):
         coarse = Signal(28, reset_less=True)
         biased = Signal(10, reset_less=True)
         sign2 = Signal(reset_less=True)
-        augend_up = Cat(Const(0, 3), augend, Const(0, 1))
-        m.d.comb += total.eq(augend_up + (Cat(addend, Const(0, 1)) ^ subtract.replicate(28)) + subtract)
+        m.d.comb += total.eq((Cat(Const(1, 1), Const(0, 3), augend) + Cat(subtract, addend))[1:])
         value, zeros = normalise(m, total, [16, 8, 4])
         with m.If(self.en[1]):
-            m.d.sync += [coarse.eq(value), biased.eq(exponent + 513 - zeros), sign2.eq(sign)]
+            m.d.sync += [
+                coarse.eq(value), biased.eq(Cat(exponent[:2], Cat(exponent[2:], Const(2, 2)) - zeros[2:])),
+                sign2.eq(sign),
+            ]
 
         # 3: the fine steps, round
         result = Signal(32, reset_less=True)
         m.d.comb += self.o.eq(result)
         value, zeros = normalise(m, coarse, [2, 1])
         with m.If(self.en[2]):
-            m.d.sync += result.eq(pack(sign2, (biased - zeros)[:10], value))
+            m.d.sync += result.eq(pack(m, sign2, biased, value, step=below_one(zeros, 10), zero=~value[-1]))
         return m
 
 
 class FromInt(wiring.Component):
-    """a * 2^n as FP32, for a signed integer a.
+    """a * 2^n as FP32, for an integer a.
 
     Members
     -------
-    a : In(signed(width))
+    a : In(shape), signed or unsigned, of 17 to 64 bits
     n : In(signed(exponent_width))
     en : In(latency), register enables
     o : Out(32), FP32 bits
@@ -256,12 +310,12 @@ class FromInt(wiring.Component):
 
     latency = 3
 
-    def __init__(self, width=48, exponent_width=10):
-        if not 32 <= width <= 64:
-            raise ValueError(f"width must be 32..64, not {width}")
+    def __init__(self, shape=_ACCUMULATOR, exponent_width=10):
+        shape = Shape.cast(shape)
+        if not 17 <= shape.width <= 64:
+            raise ValueError(f"width must be 17..64, not {shape.width}")
         self._bias = 1 << max(10, exponent_width)
-        super().__init__({"a": In(signed(width)), "n": In(signed(exponent_width)), "en": In(self.latency),
-                          "o": Out(32)})
+        super().__init__({"a": In(shape), "n": In(signed(exponent_width)), "en": In(self.latency), "o": Out(32)})
 
     @staticmethod
     def model(a, n):
@@ -271,31 +325,38 @@ class FromInt(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        width = len(self.a)
 
-        # 1: magnitude and the first step of the normalisation
-        magnitude = Signal(width)
-        half = Signal(width, reset_less=True)
+        # 1: the magnitude, less one for a negative number. Ones without end behind its last bit stand for that one and
+        # enter from below; they are the leading ones where there is no other, so the steps must exceed the width.
+        if Value.cast(self.a).shape().signed:
+            negative, magnitude = self.a[-1], self.a[:-1] ^ self.a[-1].replicate(len(self.a) - 1)
+        else:
+            negative, magnitude = Const(0, 1), self.a
+        places = len(magnitude)
+        padding = max(26 - places, int(places & (places - 1) == 0))
+        width = places + padding
+        steps = [1 << k for k in reversed(range(width.bit_length()))]
+        half, coarse = (Signal(width, reset_less=True, name=name) for name in ("half", "coarse"))
         exponent = [Signal(self._bias.bit_length(), reset_less=True, name=f"exponent_{i}") for i in range(2)]
         sign = [Signal(reset_less=True, name=f"sign_{i}") for i in range(2)]
-        m.d.comb += magnitude.eq(Mux(self.a[-1], -self.a, self.a))
-        value, zeros = normalise(m, magnitude, [32])
+        value, zeros = Cat(negative.replicate(padding), magnitude), Const(0, 1)
+        if steps[:-5]:
+            value, zeros = normalise(m, wire(m, value, "magnitude"), steps[:-5], negative)
         with m.If(self.en[0]):
             m.d.sync += [
-                half.eq(value), sign[0].eq(self.a[-1]),
-                exponent[0].eq(self.n + (self._bias + 127 + width - 1) - zeros),
+                half.eq(value), sign[0].eq(negative), exponent[0].eq(self.n + (self._bias + 125 + places) - zeros),
             ]
 
         # 2: the coarse steps
-        coarse = Signal(width, reset_less=True)
-        value, zeros = normalise(m, half, [16, 8, 4])
+        value, zeros = normalise(m, half, steps[-5:-2], sign[0])
         with m.If(self.en[1]):
             m.d.sync += [coarse.eq(value), sign[1].eq(sign[0]), exponent[1].eq(exponent[0] - zeros)]
 
         # 3: the fine steps, round
         result = Signal(32, reset_less=True)
         m.d.comb += self.o.eq(result)
-        value, zeros = normalise(m, coarse, [2, 1])
+        value, zeros = normalise(m, coarse, steps[-2:], sign[1])
         with m.If(self.en[2]):
-            m.d.sync += result.eq(pack(sign[1], (exponent[1] - zeros)[:len(exponent[1])], value))
+            m.d.sync += result.eq(pack(m, sign[1], exponent[1], value, step=below_one(zeros, len(exponent[1])),
+                                       zero=~value[-1], below=sign[1]))
         return m

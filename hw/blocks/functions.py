@@ -9,12 +9,12 @@ import functools
 from decimal import Decimal
 
 import numpy as np
-from amaranth.hdl import Cat, Const, Module, Mux, Shape, Signal, signed
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
-from .fp import LARGEST, FpMul, delay, fields_model, round_model
+from .fp import LARGEST, FpMul, at_least, delay, fields_model, round_model, wire
 
 __all__ = ["CURVES", "Exp2", "QuadTable", "Recip", "Rsqrt", "Sigmoid", "coefficients", "quad_model"]
 
@@ -85,34 +85,40 @@ class QuadTable(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        rows = np.concatenate([coefficients(curve) for curve in self._curves]).tolist()
+        rows = (np.concatenate([coefficients(curve) for curve in self._curves]) + [self._bias, 0, 0]).tolist()
         address = Cat(self.fraction[16:], self.select) if len(self._curves) == 2 else self.fraction[16:]
 
-        # 1: read the table. One memory per coefficient, because simulators index short words quicker.
-        shapes = [Shape.cast(range(min(column), max(column) + 1)) for column in zip(*rows)]
-        reads = []
-        for name, shape, column in zip(("c0", "c1", "c2"), shapes, zip(*rows)):
-            m.submodules[name] = memory = Memory(shape=shape, depth=len(rows), init=column)
+        # 1: read the table. Slopes, which have one sign that is not stored, and bends are a block RAM of 36 bits; the
+        # tools choose for the values, as devices with all their block RAM in use make them of LUTs.
+        values, slopes, bends = zip(*rows)
+        falls = max(slopes) < 0
+        slope_bits, bend_bits = (max(abs(x) for x in column).bit_length() for column in (slopes, bends))
+        words = [slope % (1 << slope_bits) | bend << slope_bits for slope, bend in zip(slopes, bends)]
+        reads = {}
+        for name, column, attributes in ("values", values, {}), ("words", words, {"rom_style": "block"}):
+            m.submodules[name] = memory = Memory(shape=max(column).bit_length(), depth=len(rows), init=column,
+                                                 attrs=attributes)
             read = memory.read_port()
             m.d.comb += [read.addr.eq(address), read.en.eq(self.en[0])]
-            reads.append(read.data)
-        c0, c1, c2 = reads
+            reads[name] = read.data
+        c0, word = reads.values()
+        c1, c2 = Cat(word[:slope_bits], Const(falls, 1)).as_signed(), word[slope_bits:]
         d = Signal(signed(16), reset_less=True)
         with m.If(self.en[0]):
             m.d.sync += d.eq(Cat(self.fraction[:15], ~self.fraction[15]))
 
         # 2: the two products of d
         sum0 = Signal(32, reset_less=True)
-        linear = Signal(signed(shapes[1].width + 1), reset_less=True)
+        linear = Signal(signed(slope_bits + 2), reset_less=True)
         square = Signal(17, reset_less=True)
-        curvature = Signal(shapes[2], reset_less=True)
+        curvature = Signal(bend_bits, reset_less=True)
         with m.If(self.en[1]):
-            m.d.sync += [sum0.eq(c0 + self._bias), linear.eq((c1 * d) >> 15), square.eq((d * d) >> 14),
+            m.d.sync += [sum0.eq(c0), linear.eq((c1 * d) >> 15), square.eq((d * d) >> 14),
                          curvature.eq(c2)]
 
         # 3: the quadratic term
         sum1 = Signal(32, reset_less=True)
-        quadratic = Signal(signed(shapes[2].width + 2), reset_less=True)
+        quadratic = Signal(bend_bits + 1, reset_less=True)
         with m.If(self.en[2]):
             m.d.sync += [sum1.eq(sum0 + linear), quadratic.eq((curvature * square) >> 16)]
 
@@ -131,8 +137,9 @@ _ONE = 0x3F800000
 
 def _assemble(sign, exponent, fraction):
     """FP32 bits of a rounded result; ``exponent`` is the field plus ``_BIAS``."""
-    return Mux(exponent <= _BIAS, 0,
-               Mux(exponent >= _BIAS + 255, Cat(Const(LARGEST, 31), sign), Cat(fraction, exponent[:8], sign)))
+    small = ~exponent[9] | ~exponent[:9].any()
+    large = exponent[8] | exponent[:8].all()
+    return Mux(small, 0, Cat(Mux(large, LARGEST, Cat(fraction, exponent[:8])), sign))
 
 
 class Exp2(wiring.Component):
@@ -178,29 +185,31 @@ class Exp2(wiring.Component):
             present.eq(self.a[23:31].any()),
             negative.eq(self.a[31] & present),
             magnitude.eq(Cat(Const(0, 6), self.a[:23], Const(1, 1)) - negative),
-            places.eq(Mux(self.a[23:31] < 133 - 31, 31, (133 - self.a[23:31])[:5])),
+            places.eq((133 % 32 - self.a[23:28])[:5] | (~at_least(self.a[23:31], 133 - 31)).replicate(5)),
             shifted.eq(Mux(present, magnitude >> places, 0)),
             integer.eq(Cat(shifted[23:], Const(0, 1)) ^ negative.replicate(8)),
         ]
         with m.If(self.en[0]):
             m.d.sync += [
                 fraction.eq(shifted[:23] ^ negative.replicate(23)),
-                exponent.eq(Mux(self.a[23:31] < 134, _BIAS + 127 + integer, Mux(negative, 0, _OVERFLOW))),
+                exponent.eq(Mux(at_least(self.a[23:31], 134), Mux(negative, 1, _OVERFLOW),
+                                Cat(integer[:7], ~integer[7], Const(2, 2)))),
             ]
 
         # 2..5: the table
         m.submodules.table = table = QuadTable("exp2", bias=64)
         m.d.comb += [table.fraction.eq(fraction), table.en.eq(self.en[1:5])]
-        exponent = delay(m, exponent, self.en[1:5], "exponent")
+        exponent = delay(m, exponent, self.en[1:5], "exponent")  # of one above the result
 
         # 6: floating and fixed point
         result = Signal(32, reset_less=True)
         fixed = Signal(31, reset_less=True)
-        down = Mux(exponent < _BIAS + 127 - 32, 32, (_BIAS + 127 - exponent)[:6])
+        down = Mux(at_least(exponent, _BIAS + 128 - 31), (-exponent[:5])[:5], 32)
+        final = wire(m, (exponent + (~table.y[31]).replicate(10))[:10], "final")
         m.d.comb += [self.o.eq(result), self.fixed.eq(fixed)]
         with m.If(self.en[5]):
             m.d.sync += [
-                result.eq(_assemble(Const(0, 1), (exponent + table.y[31])[:10], table.y[7:30])),
+                result.eq(_assemble(Const(0, 1), final, table.y[7:30])),
                 fixed.eq(Cat(Const(0, 7), table.y[7:]) >> down),
             ]
         return m
@@ -240,7 +249,7 @@ class Recip(wiring.Component):
         result = Signal(32, reset_less=True)
         m.d.comb += self.o.eq(result)
         with m.If(self.en[4]):
-            m.d.sync += result.eq(_assemble(sign, (exponent + table.y[30])[:10], table.y[6:29]))
+            m.d.sync += result.eq(_assemble(sign, wire(m, (exponent + table.y[30])[:10], "final"), table.y[6:29]))
         return m
 
 
@@ -281,7 +290,8 @@ class Rsqrt(wiring.Component):
         result = Signal(32, reset_less=True)
         m.d.comb += self.o.eq(result)
         with m.If(self.en[4]):
-            m.d.sync += result.eq(_assemble(Const(0, 1), (exponent + table.y[30])[:10], table.y[6:29]))
+            final = wire(m, (exponent + table.y[30])[:10], "final")
+            m.d.sync += result.eq(_assemble(Const(0, 1), final, table.y[6:29]))
         return m
 
 

@@ -5,7 +5,7 @@ from amaranth.hdl import Cat, Const, Module, Mux, Signal
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
-from .fp import fields_model, wire
+from .fp import at_least, fields_model, wire
 
 __all__ = ["HALF_LARGEST", "ToFixed", "ToHalf", "half_parts", "half_parts_model", "widen", "widen_model"]
 
@@ -83,19 +83,19 @@ class ToHalf(wiring.Component):
         kept = Signal(25, reset_less=True)
         base = Signal(8, reset_less=True)
         sign = Signal(reset_less=True)
-        m.d.comb += places.eq(Mux(field >= 113, 0, Mux(field < 113 - 15, 15, (113 - field)[:4])))
+        m.d.comb += places.eq(Mux(at_least(field, 113), 0, Mux(~at_least(field, 113 - 15), 15, (113 - field)[:4])))
         shifted = wire(m, Cat(Const(0, 15), extended) >> places, "shifted")
         with m.If(self.en[0]):
             m.d.sync += [
                 kept.eq(Mux(field.any(), Cat(shifted[:15].any(), shifted[15:39]), 0)),
-                base.eq(Mux(field >= 113, field - 113, 0)),
+                base.eq(Mux(at_least(field, 113), field - 113, 0)),
                 sign.eq(self.a[31]),
             ]
 
         # 2: round; the hidden bit counts the exponent up by one, so that subnormal numbers need no case
         up = kept[13] & (kept[14] | kept[:13].any())
         magnitude = wire(m, Cat(Const(0, 10), base) + kept[14:] + up, "magnitude")
-        large = wire(m, magnitude > HALF_LARGEST, "large")
+        large = wire(m, at_least(magnitude, HALF_LARGEST + 1), "large")
         result, saturated = Signal(16, reset_less=True), Signal(reset_less=True)
         m.d.comb += [self.o.eq(result), self.saturated.eq(saturated)]
         with m.If(self.en[1]):

@@ -5,18 +5,74 @@ those of `fp`.
 """
 
 import numpy as np
-from amaranth.hdl import Array, Cat, Module, Mux, Signal, signed
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import data, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
 
 from ..formats import SUM_BITS, SUM_FRACTION
-from .fp import FpMul, delay, fields_model
+from .fp import FpMul, delay, fields_model, wire
 from .half import ToFixed, widen, widen_model
+from .sums import half_sum
 
 __all__ = ["RouterScores", "SharedScores"]
 
 _LIMIT = 44  #: terms are clamped to 2^_LIMIT units
+_LOWEST = 98  # sum of the exponent fields of factors whose significands, 2^23 and 2^10, are shifted by 63 places
+
+
+class _Term(wiring.Component):
+    """A product of FP32 and FP16, rounded to FP32, in fixed point with SUM_FRACTION + 1 bits, clamped to 2 * 2^_LIMIT.
+
+    Members
+    -------
+    v : In(32), FP32 bits; weight : In(16), FP16 bits
+    en : In(latency), register enables
+    o : Out(signed), the one's complement of a negative term: half of it, rounded up, is then the term rounded as the
+        magnitude rounds half up
+    """
+
+    latency = 3
+
+    def __init__(self):
+        super().__init__({"v": In(32), "weight": In(16), "en": In(self.latency), "o": Out(signed(_LIMIT + 3))})
+
+    def elaborate(self, platform):
+        m = Module()
+
+        # 1: the product of 11 and 24 bits; 512 and more: a position in fixed point, counted from the lowest, which is
+        # 98 as a sum of exponent fields; 63 is the highest for a significand without carry.
+        fields = self.v[23:31], self.weight[10:15]
+        product = Signal(35, reset_less=True)
+        position = Signal(10, reset_less=True)
+        negative = [Signal(name=f"negative{i}", reset_less=True) for i in range(2)]
+        with m.If(self.en[0]):
+            m.d.sync += [
+                product.eq(Cat(self.v[:23], Const(1, 1)) * Cat(self.weight[:10], Const(1, 1))),
+                position.eq(Mux(fields[0].any() & fields[1].any(), sum(fields) + (512 - _LOWEST), 0)),
+                negative[0].eq(self.v[31] ^ self.weight[15]),
+            ]
+
+        # 2: rounded to 24 bits where they are, with one of the two upper bits set
+        top = product[-1]
+        up = [product[low - 1] & (product[low] | product[:low - 1].any()) for low in (10, 11)]
+        rounded = Signal(26, reset_less=True)
+        places, large = Signal(6, reset_less=True), Signal(reset_less=True)
+        with m.If(self.en[1]):
+            m.d.sync += [
+                rounded.eq(Cat(product[10] & ~top, product[11:]) + Cat(up[0] & ~top, up[1] & top)),
+                places.eq(~(position[:6] & position[9].replicate(6))), large.eq(position[9] & position[6:9].any()),
+                negative[1].eq(negative[0]),
+            ]
+
+        # 3: fixed point
+        clamped = wire(m, large | ((places == 0) & rounded[24:].any()) | ((places == 1) & rounded[25]), "clamped")
+        shifted = (Cat(Const(0, _LIMIT - 23), rounded) >> (places | clamped.replicate(6)))[:_LIMIT + 1]
+        o = Signal.like(self.o, reset_less=True)
+        m.d.comb += self.o.eq(o)
+        with m.If(self.en[2]):
+            m.d.sync += o.eq(Cat(shifted, clamped, Const(0, 1)) ^ negative[1].replicate(_LIMIT + 3))
+        return m
 
 
 class RouterScores(wiring.Component):
@@ -31,7 +87,7 @@ class RouterScores(wiring.Component):
     decided : Out(tokens), bit t: the last score of row t was not negative; ``latency`` cycles after its last beat
     """
 
-    latency = FpMul.latency + ToFixed.latency + 2
+    latency = 6
 
     def __init__(self, *, config):
         self.config = config
@@ -53,35 +109,23 @@ class RouterScores(wiring.Component):
         m = Module()
         config = self.config
 
-        # 1..4: products, fixed point
-        at_fixed, at_sum = FpMul.latency, FpMul.latency + ToFixed.latency
+        # 1..3: products in fixed point; 4, 5: the beat's sum
         terms = []
-        for i in range(config.vector_lanes):
-            m.submodules[f"mul{i}"] = mul = FpMul(b_bits=11)
-            m.submodules[f"fixed{i}"] = fixed = ToFixed(fraction=SUM_FRACTION, limit=_LIMIT)
-            m.d.comb += [
-                mul.a.eq(self.v[i]), mul.b.eq(widen(self.weight[i])), mul.en.eq(self.en[:at_fixed]),
-                fixed.a.eq(mul.o), fixed.en.eq(self.en[at_fixed:at_sum]),
-            ]
-            negative = delay(m, mul.o[31], self.en[at_fixed:at_sum], f"negative{i}")
-            terms.append(Mux(negative, -fixed.o, fixed.o))
-
-        # 5: the beat's sum
-        while len(terms) > 1:
-            terms = [sum(terms[i:i + 2][1:], terms[i]) for i in range(0, len(terms), 2)]
-        beat = Signal(signed(_LIMIT + 2 + config.vector_lanes.bit_length()), reset_less=True)
-        with m.If(self.en[at_sum]):
-            m.d.sync += beat.eq(terms[0])
+        for i, (v, weight) in enumerate(zip(self.v, self.weight)):
+            m.submodules[f"term{i}"] = term = _Term()
+            m.d.comb += [term.v.eq(v), term.weight.eq(weight), term.en.eq(self.en[:_Term.latency])]
+            terms.append(term.o)
+        beat, up = half_sum(m, terms, self.en[_Term.latency:-1])
 
         # 6: the row's sum
         m.submodules.scores = scores = Memory(shape=signed(SUM_BITS), depth=config.tokens, init=[])
         old, new = scores.read_port(domain="comb"), scores.write_port()
         score = Signal(signed(SUM_BITS))
         m.d.comb += [
-            old.addr.eq(self.row), new.addr.eq(self.row), new.en.eq(self.en[at_sum + 1]), new.data.eq(score),
-            score.eq(Mux(self.first, self.bias, old.data) + beat),
+            old.addr.eq(self.row), new.addr.eq(self.row), new.en.eq(self.en[-1]), new.data.eq(score),
+            score.eq((Cat(Const(1, 1), Mux(self.first, self.bias, old.data)) + Cat(up, beat).as_signed())[1:]),
         ]
-        with m.If(self.en[at_sum + 1] & self.last):
+        with m.If(self.en[-1] & self.last):
             m.d.sync += self.decided.bit_select(self.row, 1).eq(~score[-1])
         return m
 

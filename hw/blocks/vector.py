@@ -21,7 +21,7 @@ the rows of the command's mask. Arithmetic: `docs/numerics.md`, Vector operation
 
 from types import SimpleNamespace
 
-from amaranth import Array, Cat, Const, Module, Mux, Signal, signed
+from amaranth import Array, Cat, Const, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import data, fifo, stream, wiring
 from amaranth.lib.memory import Memory
 from amaranth.lib.wiring import In, Out
@@ -474,7 +474,7 @@ class VectorUnit(wiring.Component):
             m.d.sync += scalar_valid[i + 1].eq(scalar_valid[i])
             with m.If(scalar_valid[i]):
                 m.d.sync += scalar_index[i + 1].eq(scalar_index[i])
-        m.submodules.scalar_float = scalar_float = FromInt(width=SUM_BITS)
+        m.submodules.scalar_float = scalar_float = FromInt(unsigned(SUM_BITS - 1))
         m.submodules.scalar_mul = scalar_mul = FpMul()
         m.submodules.scalar_add = scalar_add = FpAdd()
         m.submodules.scalar_rsqrt = scalar_rsqrt = Rsqrt()
@@ -505,19 +505,14 @@ class VectorUnit(wiring.Component):
 
         # ---- scores: mask at T4, maximum of the beat at T6, its ceiling at T7, state at the end of a row -----------
         walk_mask = walker("mask", valid[at.y] & op["vscore"], (1, at.y))
-        masked = []
+        # the first column that does not count: limit + row + 1
+        end = wire(m, limit - ~Cat(walk_mask.row, Const(0, 1)).as_signed(), "end")
+        allowed = [wire(m, value, f"allowed{i}") for i, value in enumerate(_counted(m, walk_mask.beat, end, lanes))]
+        masked = [Mux(ok, value, LOWEST) for ok, value in zip(allowed, y)]
         open_lanes = Signal()
-        allowed = []
-        for i, value in enumerate(y):
-            column = Cat(Const(i, lanes.bit_length() - 1), walk_mask.beat)
-            ok = Signal(name=f"allowed{i}")
-            last = limit + Cat(walk_mask.row, Const(0, 1)).as_signed()
-            m.d.comb += ok.eq(Cat(column, Const(0, 1)).as_signed() <= last)
-            allowed.append(ok)
-            masked.append(Mux(ok, value, LOWEST))
         score = hold(masked, valid[at.y] & op["vscore"], "score")
         with m.If(valid[at.y] & op["vscore"]):
-            m.d.sync += open_lanes.eq(Cat(*allowed).any())
+            m.d.sync += open_lanes.eq(allowed[0])
         highest, highest_open = Signal(32), Signal()
         with m.If(valid[at.y + 1] & op["vscore"]):
             m.d.sync += [highest.eq(_largest(m, score)), highest_open.eq(open_lanes)]
@@ -550,7 +545,7 @@ class VectorUnit(wiring.Component):
         ]
         with m.If(at_maximum):
             m.d.sync += [best.eq(best_now), best_open.eq(open_now)]
-        m.submodules.minus_float = minus_float = FromInt(width=32)
+        m.submodules.minus_float = minus_float = FromInt(signed(17))
         minus_valid = [Signal(name=f"minus_valid{i}") for i in range(FromInt.latency + 1)]
         minus_state = [Signal(range(states), name=f"minus_state{i}") for i in range(FromInt.latency + 1)]
         negated = Signal(signed(17))
@@ -672,14 +667,13 @@ class VectorUnit(wiring.Component):
         with m.If(logits_valid):
             m.d.sync += [beat7.eq(walk_logits.beat), counts7.eq(walk_logits.final_row)]
         logits7, logits8 = Signal(), Signal()
-        best_index, best_key = Signal(range(max(lanes, 2))), Signal(signed(33))
+        best_index, best_key = Signal(range(max(lanes, 2))), Signal(signed(32))
         beat8 = Signal(16)
         m.d.sync += [logits7.eq(logits_valid), logits8.eq(logits7 & counts7)]
         with m.If(logits7 & counts7):
-            index, key = _argmax(m, [(Cat(Const(i, lanes.bit_length() - 1), beat7) < imm.as_signed(), value)
-                                  for i, value in enumerate(candidates)])
+            index, key = _argmax(m, zip(_counted(m, beat7, imm.as_signed(), lanes), candidates))
             m.d.sync += [best_index.eq(index), best_key.eq(key), beat8.eq(beat7)]
-        winner = Signal(signed(33))
+        winner = Signal(signed(32))
         with m.If(logits8 & (fresh_argmax | (best_key > winner))):
             m.d.sync += [winner.eq(best_key), self.argmax.eq(Cat(best_index[:lanes.bit_length() - 1], beat8)),
                          fresh_argmax.eq(0)]
@@ -710,16 +704,23 @@ def _travelled(m, walk, places, found):
     return SimpleNamespace(**outputs)
 
 
+def _counted(m, beat, end, lanes):
+    """Of each lane whether its column, ``beat * lanes + lane``, is below ``end`` (signed)."""
+    beats = (lanes - 1).bit_length()
+    whole = end[beats:].as_signed()
+    before = wire(m, Cat(beat, Const(0, 1)).as_signed() < whole, "whole_beat")
+    at_end = wire(m, Cat(beat, Const(0, 1)).as_signed() == whole, "part_of_beat")
+    return [before | (at_end & (end[:beats] > i)) for i in range(lanes)]
+
+
 def _key(bits):
-    """FP32 bits as a signed 33-bit integer with the same order (no NaN, no -0)."""
-    magnitude = Cat(bits[:31], Const(0, 2)).as_signed()
-    return Mux(bits[31], -magnitude, magnitude)
+    """FP32 bits as a signed 32-bit integer with the same order (no NaN, no -0)."""
+    return Cat(bits[:31] ^ bits[31].replicate(31), bits[31]).as_signed()
 
 
 def _unkey(key):
-    """FP32 bits of an ordered key."""
-    magnitude = Mux(key < 0, -key, key)
-    return Cat(magnitude[:31], key < 0)
+    """FP32 bits of an ordered key, unsigned."""
+    return _key(key).as_unsigned()
 
 
 def _largest(m, values):
@@ -733,7 +734,7 @@ def _largest(m, values):
 
 def _argmax(m, pairs):
     """(index, key) of the largest value among those that count; lowest index wins. None counts: (0, lowest)."""
-    lowest = Const(-(LOWEST & 0x7FFFFFFF), signed(33))
+    lowest = _key(Const(LOWEST, 32))
     entries = [(Const(i), wire(m, Mux(counts, _key(value), lowest), f"logit_key{i}"))
                for i, (counts, value) in enumerate(pairs)]
     while len(entries) > 1:

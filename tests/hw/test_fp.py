@@ -4,12 +4,12 @@ import operator
 
 import numpy as np
 import pytest
-from amaranth.hdl import Module, signed
+from amaranth.hdl import Module, signed, unsigned
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 from lanes import Lanes, check_lanes, spread_floats
 from skipopu.hw.blocks.fp import LARGEST, FpAdd, FpMul, FromInt, fields_model, scale2, scale2_model
-from skipopu.sim.bench import bench, run_bench
+from skipopu.sim.bench import bench, bench_parameters, run_bench
 
 COUNT = 10_000
 CORNERS = np.array([
@@ -57,7 +57,7 @@ def integers(seed, width, count=COUNT):
     top = 1 << (width - 1)
     ones = [(1 << k) + d for k in range(width - 1) for d in (-1, 0, 1)]
     ties = [((1 << 24) + odd) << k | 1 << (k - 1) | low
-            for k in (1, 2, 20, width - 26) for odd in (0, 1) for low in (0, 1)]
+            for k in (1, 2, 20, max(width - 26, 1)) for odd in (0, 1) for low in (0, 1)]
     corners = [x for v in [0, top - 1, *ones, *ties] if v < top for x in (v, -v)] + [-top]
     length = generator.integers(1, width, count)
     values = generator.integers(0, 1 << 63, count) >> (63 - length)
@@ -81,7 +81,9 @@ async def adds(dut, seed):
 
 @bench(seed=[3], timeout_cycles=100_000)
 async def converts(dut, seed):
-    a, n = integers(seed, len(dut.a) // 4)
+    is_signed = bench_parameters()["signed"]
+    a, n = integers(seed, len(dut.a) // 4 + (not is_signed))
+    a = a if is_signed else np.maximum(a, 0)
     await check_lanes(dut, inputs={"a": a, "n": n}, outputs={"o": FromInt.model(a, n)}, seed=seed)
 
 
@@ -120,9 +122,9 @@ def test_adder_equals_model():
     run_bench(Lanes(FpAdd), adds)
 
 
-@pytest.mark.parametrize("width", [32, 48, 64])
-def test_integer_conversion_equals_model(width):
-    run_bench(Lanes(lambda: FromInt(width)), converts)
+@pytest.mark.parametrize("shape", [signed(17), signed(32), signed(33), signed(48), signed(64), unsigned(63)], ids=str)
+def test_integer_conversion_equals_model(shape):
+    run_bench(Lanes(lambda: FromInt(shape)), converts, parameters={"signed": [shape.signed]})
 
 
 def test_scale2_equals_model():
@@ -163,5 +165,5 @@ def test_zero_results_are_positive():
 
 
 def test_from_int_refuses_odd_widths():
-    with pytest.raises(ValueError, match="width must be 32..64, not 65"):
+    with pytest.raises(ValueError, match="width must be 17..64, not 65"):
         FromInt(65)
