@@ -88,16 +88,15 @@ class QuadTable(wiring.Component):
         rows = (np.concatenate([coefficients(curve) for curve in self._curves]) + [self._bias, 0, 0]).tolist()
         address = Cat(self.fraction[16:], self.select) if len(self._curves) == 2 else self.fraction[16:]
 
-        # 1: read the table. Slopes, which have one sign that is not stored, and bends are a block RAM of 36 bits; the
-        # tools choose for the values, as devices with all their block RAM in use make them of LUTs.
+        # 1: read the table, two memories of 36 bits at most, as wide as a block RAM: values, and slopes (of one sign,
+        # which is not stored) with bends.
         values, slopes, bends = zip(*rows)
         falls = max(slopes) < 0
         slope_bits, bend_bits = (max(abs(x) for x in column).bit_length() for column in (slopes, bends))
         words = [slope % (1 << slope_bits) | bend << slope_bits for slope, bend in zip(slopes, bends)]
         reads = {}
-        for name, column, attributes in ("values", values, {}), ("words", words, {"rom_style": "block"}):
-            m.submodules[name] = memory = Memory(shape=max(column).bit_length(), depth=len(rows), init=column,
-                                                 attrs=attributes)
+        for name, column in ("values", values), ("words", words):
+            m.submodules[name] = memory = Memory(shape=max(column).bit_length(), depth=len(rows), init=column)
             read = memory.read_port()
             m.d.comb += [read.addr.eq(address), read.en.eq(self.en[0])]
             reads[name] = read.data
