@@ -124,7 +124,7 @@ def test_adder_equals_model():
 
 @pytest.mark.parametrize("shape", [signed(17), signed(32), signed(33), signed(48), signed(64), unsigned(63)], ids=str)
 def test_integer_conversion_equals_model(shape):
-    run_bench(Lanes(lambda: FromInt(shape)), converts, parameters={"signed": [shape.signed]})
+    run_bench(Lanes(lambda: FromInt(shape)), converts, parameters={"signed": shape.signed})
 
 
 def test_scale2_equals_model():
