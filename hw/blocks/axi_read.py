@@ -71,8 +71,10 @@ class AxiReader(wiring.Component):
 
         # The rest of the running command: `within` and `block` are the beat address, cut at the longest burst.
         active = Signal()
-        within, block = Signal(burst_shift), Signal(64 - beat_shift - burst_shift)
-        left = Signal(COUNT_BITS)
+        within, block = (Signal(bits, name=name, reset_less=True) for name, bits in (
+            ("within", burst_shift), ("block", 64 - beat_shift - burst_shift)))
+        left = Signal(COUNT_BITS, reset_less=True)
+        address, beats = Signal.like(axi.araddr, reset_less=True), Signal.like(axi.arlen, reset_less=True)
         room = Signal(burst_shift + 1)  # beats up to the next burst boundary
         length = Signal(burst_shift + 1)
         last = Signal()
@@ -84,14 +86,14 @@ class AxiReader(wiring.Component):
             last.eq(left <= room),
             length.eq(Mux(last, left, room)),
             issue.eq(active & (free >= length) & (in_flight != config.outstanding) & (~axi.arvalid | axi.arready)),
-            self.runs.ready.eq(~active),
+            self.runs.ready.eq(~active), axi.araddr.eq(address), axi.arlen.eq(beats),
         ]
         with m.If(self.runs.valid & self.runs.ready):
             m.d.sync += [Cat(within, block).eq(self.base[beat_shift:] + self.runs.payload.address),
                          left.eq(self.runs.payload.count), mark.eq(self.runs.payload.kv), active.eq(1)]
         with m.If(issue):
             m.d.sync += [
-                axi.araddr.eq(Cat(Const(0, beat_shift), within, block)), axi.arlen.eq(length - 1),
+                address.eq(Cat(Const(0, beat_shift), within, block)), beats.eq(length - 1),
                 within.eq(0), block.eq(block + 1), left.eq(left - length), active.eq(~last),
                 marks.bit_select(asked, 1).eq(mark), asked.eq(asked + 1),
             ]

@@ -51,10 +51,11 @@ class AxiWriter(wiring.Component):
             width=block_bits + 2 * burst_shift, depth=4)
 
         active = Signal()
-        within, block = Signal(burst_shift), Signal(block_bits)
+        within, block = (Signal(bits, name=name, reset_less=True) for name, bits in (
+            ("within", burst_shift), ("block", block_bits)))
         position = Cat(within, block)  # of the next beat to arrive, cut at the longest burst
-        start = Signal(burst_shift)  # of the burst that arrives, within its block
-        left = Signal(COUNT_BITS)
+        start = Signal(burst_shift, reset_less=True)  # of the burst that arrives, within its block
+        left = Signal(COUNT_BITS, reset_less=True)
         ends = Signal()
         accept = Signal()
         m.d.comb += [
@@ -79,7 +80,10 @@ class AxiWriter(wiring.Component):
         issue, send = Signal(), Signal()
         finished = Signal()
         last = queue.r_data[-1]
+        address, beats, word, ending = (Signal.like(member, name=name, reset_less=True) for name, member in (
+            ("address", axi.awaddr), ("beats", axi.awlen), ("word", axi.wdata), ("ending", axi.wlast)))
         m.d.comb += [
+            axi.awaddr.eq(address), axi.awlen.eq(beats), axi.wdata.eq(word), axi.wlast.eq(ending),
             issue.eq(bursts.r_rdy & (in_flight != config.outstanding) & (~axi.awvalid | axi.awready)),
             bursts.r_en.eq(issue),
             send.eq(queue.r_rdy & (granted != 0) & (~axi.wvalid | axi.wready)),
@@ -88,12 +92,12 @@ class AxiWriter(wiring.Component):
             finished.eq(axi.bvalid & axi.bready),
         ]
         with m.If(issue):
-            m.d.sync += [axi.awlen.eq(bursts.r_data[:burst_shift]),
-                         axi.awaddr.eq(Cat(Const(0, beat_shift), bursts.r_data[burst_shift:]))]
+            m.d.sync += [beats.eq(bursts.r_data[:burst_shift]),
+                         address.eq(Cat(Const(0, beat_shift), bursts.r_data[burst_shift:]))]
         with m.If(issue | axi.awready):
             m.d.sync += axi.awvalid.eq(issue)
         with m.If(send):
-            m.d.sync += [axi.wdata.eq(queue.r_data[:-1]), axi.wlast.eq(last)]
+            m.d.sync += [word.eq(queue.r_data[:-1]), ending.eq(last)]
         with m.If(send | axi.wready):
             m.d.sync += axi.wvalid.eq(send)
         m.d.sync += [

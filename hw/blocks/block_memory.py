@@ -97,10 +97,12 @@ class _Bank(wiring.Component):
                 m.d.comb += taken.eq(~fetch.rvalid | fetch.rready)
             with m.Default():
                 m.d.comb += taken.eq(1)
+        word = Signal(WORD_BITS, reset_less=True)
+        m.d.comb += fetch.rdata.eq(word)
         with m.If(fetch.rready):
             m.d.sync += fetch.rvalid.eq(0)
         with m.If(valid & taken & (out.source == _Source.FETCH)):
-            m.d.sync += [fetch.rdata.eq(Cat(fetch.rdata, found)[-WORD_BITS:]), fetch.rlast.eq(out.last),
+            m.d.sync += [word.eq(Cat(word, found)[-WORD_BITS:]), fetch.rlast.eq(out.last),
                          fetch.rresp.eq(Mux(out.error, _DECERR, 0)), fetch.rvalid.eq(full)]
             if pieces > 1:
                 m.d.sync += piece.eq(piece + 1)

@@ -247,7 +247,7 @@ class ComputeUnit(wiring.Component):
             self.weights.ready.eq(feed.weights.ready | drop),
         ]
         mask = Signal(config.tokens)
-        body = Signal(self.cmd.payload.body.shape())
+        body = Signal(self.cmd.payload.body.shape(), reset_less=True)
         f = fields(body, _MATMUL)
         mode = Signal(MatmulMode)
         is_kv = Signal()

@@ -90,9 +90,9 @@ class Control(wiring.Component):
         else:
             registers = Array([Const(0, 32), *(Signal(32, name=f"r{i}") for i in range(1, isa.REGISTERS))])
             register = registers.__getitem__
-        valid, entry = Signal(), Signal(Fetched)
+        valid, entry = Signal(), Signal(Fetched, reset_less=True)
         unit = Signal(_UNITS)  # one-hot; none for what control executes itself
-        a, b, c = Signal(32), Signal(32), Signal(32)
+        a, b, c = (Signal(32, name=name, reset_less=True) for name in "abc")
         taken, limited, take, advance = Signal(32), Signal(), Signal(), Signal()
         fields_r = _header(instruction.payload.word)
         m.d.comb += [
@@ -132,7 +132,7 @@ class Control(wiring.Component):
         ]
 
         # Stage E, commands: resolve, look for conflicts, hand to the queue through one register.
-        slot, slot_unit = Signal(Command(self.config)), Signal(_UNITS)
+        slot, slot_unit = Signal(Command(self.config), reset_less=True), Signal(_UNITS)
         slot_free, push = Signal(), Signal(_UNITS)
         # Loads and matmuls may have to wait behind each other (the compiler checks how many), others only follow them.
         depths = [1 if compact and unit in (isa.Unit.VECTOR, isa.Unit.STORE) else self.config.queue_depth

@@ -102,7 +102,7 @@ class Fetch(wiring.Component):
 
         # Requests: `fill` walks from the current line to the last line of the program, at most `prefetch` ahead.
         # `draining` keeps the lines of a stopped program from counting as lines of the next one.
-        fill = Signal(PC_BITS + 1 - word_bits)
+        fill, address = Signal(PC_BITS + 1 - word_bits), Signal.like(axi.araddr, reset_less=True)
         fill_slot, fill_tag = fill[:slot_bits], fill[slot_bits:]
         fill_end = Signal(PC_BITS + 1)
         outstanding, draining = Signal(range(outstanding_max + 1)), Signal()
@@ -126,7 +126,7 @@ class Fetch(wiring.Component):
         with m.If(request):
             m.d.sync += [
                 axi.arvalid.eq(1),
-                axi.araddr.eq(Cat(Const(0, line_bytes_log2), control.program[line_bytes_log2:] + fill)),
+                address.eq(Cat(Const(0, line_bytes_log2), control.program[line_bytes_log2:] + fill)),
             ]
         with m.Elif(axi.arready):
             m.d.sync += axi.arvalid.eq(0)
@@ -146,7 +146,7 @@ class Fetch(wiring.Component):
             order_write.addr.eq(last), order_write.data.eq(fill_slot), order_write.en.eq(request),
             order_read.addr.eq(first),
             fill_port.addr.eq(Cat(beat, filled)), fill_port.data.eq(axi.rdata), fill_port.en.eq(axi.rvalid),
-            axi.arlen.eq(LINE_WORDS - 1), axi.rready.eq(1),
+            axi.araddr.eq(address), axi.arlen.eq(LINE_WORDS - 1), axi.rready.eq(1),
             finish.eq(axi.rvalid & (beat == LINE_WORDS - 1)),
         ]
         drive_address(m, axi, "ar", WORD_BITS)

@@ -43,8 +43,10 @@ class IssueQueue(wiring.Component):
         needs = [[Signal(8, name=f"need_{slot}_{unit}", reset_less=True) for unit in range(4)] for slot in range(depth)]
         pending = Array(Signal(4, name=f"pending_{slot}") for slot in range(depth))
         push, pop, blocked = Signal(), Signal(), Signal()
+        payload = Signal.like(self.o.payload, reset_less=True)
 
         m.d.comb += [
+            self.o.payload.eq(payload),
             self.i.ready.eq(level != depth),
             push.eq(self.i.valid & self.i.ready),
             blocked.eq(pending[head].any()),
@@ -58,7 +60,7 @@ class IssueQueue(wiring.Component):
         with m.If(push):
             m.d.sync += tail.eq((tail + 1) % depth)
         with m.If(pop):
-            m.d.sync += [head.eq((head + 1) % depth), self.o.payload.eq(read.data.as_value())]
+            m.d.sync += [head.eq((head + 1) % depth), payload.eq(read.data.as_value())]
         with m.If(pop | self.o.ready):
             m.d.sync += self.o.valid.eq(pop)
 

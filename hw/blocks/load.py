@@ -169,9 +169,9 @@ class LoadUnit(wiring.Component):
         config, command = self.config, self.cmd.payload
         loadw, loada, loadkv = (fields(command.body, _LAYOUTS[name]) for name in ("loadw", "loada", "loadkv"))
         is_a, is_kv = (command.opcode == _LAYOUTS[name].opcode for name in ("loada", "loadkv"))
-        job, shape = Signal(_Job), Signal(KvShape(config))
-        address = Signal(ADDRESS_BITS)
-        product = Signal(28)  # superbeats of a LOADA, port beats of all K heads of a LOADKV
+        job, shape = Signal(_Job, reset_less=True), Signal(KvShape(config), reset_less=True)
+        address = Signal(ADDRESS_BITS, reset_less=True)
+        product = Signal(28, reset_less=True)  # superbeats of a LOADA, port beats of all K heads of a LOADKV
         overrun, unknown = Signal(), Signal()  # unknown: a format that the configuration does not have
         least = Signal(len(product) + 1)  # beats of a record at least
         final, buffer, capacity_used = Signal(), Signal.like(loadkv.buffer), Signal(32)
@@ -339,9 +339,9 @@ class LoadUnit(wiring.Component):
     def _deliver(self, m, readers, queue):
         """Beats to superbeats, superbeats to the receiver of the job in front. Returns: a job is finished."""
         config = self.config
-        job, active = Signal(_Job), Signal()
+        job, active = Signal(_Job, reset_less=True), Signal()
         left = Signal(COUNT_BITS)  # superbeats of the job, with the one on offer
-        superbeat = Signal(8 * config.superbeat_bytes)
+        superbeat = Signal(8 * config.superbeat_bytes, reset_less=True)
         valid, refused = Signal(), Signal(config.ports)
         take, give, finish, start = Signal(), Signal(), Signal(), Signal()
         wanted, offered = Signal(), Signal()

@@ -149,7 +149,7 @@ class StoreUnit(wiring.Component):
         # Logits are packed into superbeats, rows first.
         parts = config.superbeat_bytes // (4 * config.vector_lanes)
         part = Signal(range(max(parts, 2)))
-        pieces = [Signal(32 * config.vector_lanes, name=f"piece{i}") for i in range(parts)]
+        pieces = [Signal(32 * config.vector_lanes, name=f"piece{i}", reset_less=True) for i in range(parts)]
         packed, unpack = Signal(), Signal()
         packing = Signal()
         striped = Cat(*pieces)

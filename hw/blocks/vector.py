@@ -126,7 +126,7 @@ class VectorUnit(wiring.Component):
         # ---- the running instruction ---------------------------------------------------------------------------
         running, opcode = Signal(), Signal(8)
         src, dst, first_row, limit, imm = Signal(16), Signal(16), Signal(16), Signal(signed(16)), Signal(32)
-        body = Signal(self.cmd.payload.body.shape())
+        body = Signal(self.cmd.payload.body.shape(), reset_less=True)
         mask = Signal(config.tokens)
         f = fields(body, _LAYOUT)
         op = {name: Signal(name=f"is_{name}") for name in (
