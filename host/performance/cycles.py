@@ -207,11 +207,14 @@ class _Machine:
         """Hand a command to its unit; returns the cycle in which it leaves control."""
         queue = self.units[unit]
         push = max(execute, self.slot)
-        if len(queue) >= self.cycles.window:
-            push = max(push, self._done(queue[-self.cycles.window]) + 1)
+        # with `compact` the vector and the store unit hold one command, and a window is no longer than a unit can need
+        depth = 1 if self.config.compact and unit in (Unit.VECTOR, Unit.STORE) else self.config.queue_depth
+        window = min(self.cycles.window, (4 if unit == Unit.LOAD else 2) * depth)
+        if len(queue) >= window:
+            push = max(push, self._done(queue[-window]) + 1)
         enter = push + 1
-        if len(queue) >= self.config.queue_depth:
-            enter = max(enter, self._popped(queue[-self.config.queue_depth]) + 1)
+        if len(queue) >= depth:
+            enter = max(enter, self._popped(queue[-depth]) + 1)
         self.slot = enter
         command = _Command(pc, unit, mnemonic, fields, push, enter, before=queue[-1] if queue else None)
         command.rows = (fields["mask"] & ((1 << fields["rows"]) - 1)).bit_count()
