@@ -158,6 +158,8 @@ _SIMULATED_AT = "ffcae56"  #: commit of the RTL
 _SIMULATED = (  # docs/u280.md: what was run, paper's value, ours, form, options of benchmarks/u280.py
     ("llama2-7b, 25% skipped, q4_g128, all 32 layers, 128 positions: tokens/s", None, 159.6, "{:.1f}",
      "--layers 0 --context 128 --skip 0.25 --weights q4_g128"),
+    ("llama2-7b, 25% skipped, q4_g128, all 32 layers, 1152 positions: tokens/s", None, 140.8, "{:.1f}",
+     "--layers 0 --context 1152 --skip 0.25 --weights q4_g128"),
     ("llama2-7b, 25% skipped, q4_g128, all 32 layers, 640 positions: tokens/s", 143.4, 150.1, "{:.1f}",
      "--layers 0 --context 640 --skip 0.25 --weights q4_g128"),
     ("the same: bytes moved, share of the ports' peak", 0.884, 0.9048, "{:.1%}",
