@@ -710,7 +710,7 @@ def _counted(m, beat, end, lanes):
     whole = end[beats:].as_signed()
     before = wire(m, Cat(beat, Const(0, 1)).as_signed() < whole, "whole_beat")
     at_end = wire(m, Cat(beat, Const(0, 1)).as_signed() == whole, "part_of_beat")
-    return [before | (at_end & (end[:beats] > i)) for i in range(lanes)]
+    return [*(before | (at_end & (end[:beats] > i)) for i in range(lanes - 1)), before]
 
 
 def _key(bits):
