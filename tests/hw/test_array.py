@@ -286,7 +286,8 @@ def test_columns_of_two_blocks(dsp):
 
 
 @pytest.mark.parametrize(("blocks", "sizes"), [
-    (2, {"ports": 4}), (4, {"ports": 4, "port_bits": 32, "vector_lanes": 2})])
+    (2, {"ports": 4}),
+    pytest.param(4, {"ports": 4, "port_bits": 32, "vector_lanes": 2}, marks=pytest.mark.slow)])
 def test_places_of_values(blocks, sizes):
     """Keys and values go to the same places if a step is one (`test_array`) or two blocks of tokens and elements."""
     config = dataclasses.replace(TINY, name="blocks", dsp="dsp48e2", **sizes)

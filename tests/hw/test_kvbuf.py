@@ -410,7 +410,7 @@ def test_model_rounds_halves_away_from_zero():
     assert KvBuffer.model(head)[1].tolist() == [[[[4094, -4094, 2047, 1024]]]]
 
 
-@pytest.mark.parametrize("name", [name if name in ("tiny", "flat", "single") else pytest.param(
+@pytest.mark.parametrize("name", [name if name in ("tiny", "flat") else pytest.param(
     name, marks=pytest.mark.slow) for name in CONFIGS])
 def test_tiles(name):
     config = CONFIGS[name]

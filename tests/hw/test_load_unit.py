@@ -817,7 +817,8 @@ def test_without_narrow_records():
     run_bench(LoadUnit(config=config), refuses_unknown_formats, parameters=dataclasses.asdict(config))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) if name in ("sim", "sim16") else name for name in PRESETS])
 def test_elaborates(name):
     """With few positions, since Amaranth writes every bit of a memory into its text."""
     config = preset(name)
