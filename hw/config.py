@@ -8,7 +8,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from skipopu.hw.isa import MAX_LAYERS, KvFormat
+from skipopu.hw.isa import MAX_LAYERS, KvFormat, Unit
 
 __all__ = ["ConfigError", "DSPS", "OverlayConfig", "PRESETS", "preset"]
 
@@ -158,6 +158,15 @@ class OverlayConfig:
     def scale_tiles(self, group):
         """Consecutive tiles of a column tile that one set of scales serves if 2^group blocks share a scale."""
         return max((1 << group) // self.blocks, 1)
+
+    def unit_queue(self, unit):
+        """(instructions that wait in the queue of a unit, how many of its instructions can be under way at most).
+
+        Loads and matmuls may have to wait behind each other (the compiler checks how many), others only follow them. No
+        unit but the load unit has more under way than its queue and the registers around it hold.
+        """
+        depth = 1 if self.compact and unit in (Unit.VECTOR, Unit.STORE) else self.queue_depth
+        return depth, (4 if unit == Unit.LOAD else 2) * depth
 
     def record_beats(self, heads, head_beats, record_format=KvFormat.FP16):
         """Port beats of a KV record of so many heads, each of which takes ``head_beats`` in FP16."""

@@ -207,9 +207,8 @@ class _Machine:
         """Hand a command to its unit; returns the cycle in which it leaves control."""
         queue = self.units[unit]
         push = max(execute, self.slot)
-        # with `compact` the vector and the store unit hold one command, and a window is no longer than a unit can need
-        depth = 1 if self.config.compact and unit in (Unit.VECTOR, Unit.STORE) else self.config.queue_depth
-        window = min(self.cycles.window, (4 if unit == Unit.LOAD else 2) * depth)
+        depth, most = self.config.unit_queue(unit)
+        window = min(self.cycles.window, most)
         if len(queue) >= window:
             push = max(push, self._done(queue[-window]) + 1)
         enter = push + 1

@@ -3,9 +3,9 @@
 Synthesising a whole overlay takes far longer than predicting its speed, so sweeps use a formula: each block is so many
 LUTs, flip-flops and DSPs, and so many more per pair of columns, vector lane, port or bit of a superbeat. The numbers
 are those of ``skipopu synth`` before placement: the array at `tiny` and `u280`, the other blocks at `u280`
-(docs/boards.md), narrow records in the store unit at `tiny`. At `u280` the formula gives what was counted within 2%;
-how blocks grow with other sizes is from their structure. `skipopu synth --config` counts a configuration. Memories
-follow from their sizes.
+(docs/boards.md; the vector unit's less what its parts save since), narrow records in the store unit at `tiny`. At
+`u280` the formula gives what was counted within 2%; how blocks grow with other sizes is from their structure. `skipopu
+synth --config` counts a configuration. Memories follow from their sizes.
 """
 
 from __future__ import annotations

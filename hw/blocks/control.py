@@ -134,13 +134,9 @@ class Control(wiring.Component):
         # Stage E, commands: resolve, look for conflicts, hand to the queue through one register.
         slot, slot_unit = Signal(Command(self.config), reset_less=True), Signal(_UNITS)
         slot_free, push = Signal(), Signal(_UNITS)
-        # Loads and matmuls may have to wait behind each other (the compiler checks how many), others only follow them.
-        depths = [1 if compact and unit in (isa.Unit.VECTOR, isa.Unit.STORE) else self.config.queue_depth
-                  for unit in range(_UNITS)]
-        queues = [IssueQueue(config=self.config, depth=depth) for depth in depths]
-        # No unit but the load unit has more outstanding commands than its queue and the registers around it hold.
-        windows = [HazardWindow(size=min(self.window, (4 if unit == isa.Unit.LOAD else 2) * depth))
-                   for unit, depth in enumerate(depths)]
+        sizes = [self.config.unit_queue(unit) for unit in range(_UNITS)]
+        queues = [IssueQueue(config=self.config, depth=depth) for depth, _ in sizes]
+        windows = [HazardWindow(size=min(self.window, most)) for _, most in sizes]
         full = Cat(window.full for window in windows)
         m.d.comb += [
             slot_free.eq(~slot_unit.any() | (slot_unit & Cat(queue.i.ready for queue in queues)).any()),
