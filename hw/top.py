@@ -30,7 +30,10 @@ Happened = wiring.Signature({
 
 
 SLEEPERS = ("kvbuf", "vector", "store", "history")  #: parts that have clocks of their own in simulations
-_SLEEPING = {f"{part}_awake": Out(1) for part in SLEEPERS} | {f"{part}_clock": In(1) for part in SLEEPERS}
+_SLEEPING = {f"{part}_awake": Out(3) for part in SLEEPERS} | {f"{part}_clock": In(1) for part in SLEEPERS}
+#: Beginnings of the names of registers that are the second half in a simulation by two threads: half of the work, and
+#: exponents of keys and values are where they are looked up.
+SECOND_HALF = ("overlay.compute.", "overlay.vector.", "overlay.kvbuf.k_exponents", "overlay.kvbuf.v_exponents")
 _LINGER = 16  # cycles in which what was stirred comes to rest
 
 
@@ -46,8 +49,8 @@ class Overlay(wiring.Component):
     m_axi : P memory ports; mi_axi : instruction fetch, reads the memory of port 0
     running : a program runs; fault : it stopped with a fault, until reset
     events : what happened in the cycle before, for simulators and on-chip analysers
-    kvbuf_awake, kvbuf_clock, vector_... : only with ``sleeps``: whether the next edge of the clock may change anything
-        in that part, from registers alone; its clock
+    kvbuf_awake, kvbuf_clock, vector_... : only with ``sleeps``: not 0 if the next edge of the clock may change anything
+        in that part, from registers alone, bit 1 from those of `SECOND_HALF` alone, the others without them; its clock
     """
 
     def __init__(self, *, config, sleeps=False):
@@ -70,11 +73,11 @@ class Overlay(wiring.Component):
         for part, block in zip(SLEEPERS, (kvbuf, vector, store)):
             m.submodules[part] = DomainRenamer(part)(block) if self.sleeps else block
         if self.sleeps:
-            streams = [kvbuf.shape, kvbuf.request, kvbuf.tile, *kvbuf.records, *kvbuf.beats, *kvbuf.hits]
-            self._sleep(m, "kvbuf", [kvbuf.release, *(each.valid for each in streams)])
-            self._sleep(m, "vector", [vector.stirs, store.busy, ~csr.control.running])
-            self._sleep(m, "store", [store.busy, store.cmd.valid, store.logits.valid, store.places.valid])
-            self._sleep(m, "history", [load.history_stirs])
+            streams = [kvbuf.shape, kvbuf.tile, *kvbuf.records, *kvbuf.beats, *kvbuf.hits]
+            self._sleep(m, "kvbuf", [each.valid for each in streams], [kvbuf.release, kvbuf.request.valid])
+            self._sleep(m, "vector", [vector.load.valid, store.busy, ~csr.control.running], [vector.stirs])
+            self._sleep(m, "store", [store.busy, store.cmd.valid, store.places.valid], [store.logits.valid])
+            self._sleep(m, "history", [load.history_stirs], [])
 
         # Control.
         wiring.connect(m, csr.control, control.csr)
@@ -160,12 +163,13 @@ class Overlay(wiring.Component):
             m.d.sync += csr.debug_data.eq(choice)
         return m
 
-    def _sleep(self, m, part, signs):
+    def _sleep(self, m, part, first, second):
         """A part's clock and whether it is needed: nothing changes there but with or soon after one of the signs."""
-        m.domains += ClockDomain(part, local=True)
+        m.domains += ClockDomain(part, local=True, async_reset=True)
         stirred, linger = Signal(name=f"{part}_stirred"), Signal(range(_LINGER + 1), name=f"{part}_linger")
+        signs = Cat(Cat(first).any(), Cat(second).any())
         m.d.comb += [
-            stirred.eq(Cat(signs).any()), getattr(self, f"{part}_awake").eq(stirred | (linger != 0)),
+            stirred.eq(signs.any()), getattr(self, f"{part}_awake").eq(Cat(signs, linger != 0)),
             ClockSignal(part).eq(getattr(self, f"{part}_clock")), ResetSignal(part).eq(ResetSignal()),
         ]
         with m.If(stirred):
@@ -187,7 +191,7 @@ class _Top(wiring.Component):
 
     def elaborate(self, platform):
         m = Module()
-        m.domains.sync = ClockDomain()
+        m.domains.sync = ClockDomain(async_reset=self.overlay.sleeps)
         m.d.comb += ClockSignal().eq(self.clk)
         if self.overlay.sleeps:
             m.domains.input = ClockDomain(reset_less=True)
@@ -201,8 +205,11 @@ class _Top(wiring.Component):
         return m
 
 
-def overlay_verilog(config, *, flatten=True, sleeps=False):
-    """Verilog of the overlay, top module `skipopu_top`; ``sleeps`` : as in `Overlay`."""
+def overlay_verilog(config, *, flatten=True, sleeps=False, halves=False):
+    """Verilog of the overlay, top module `skipopu_top`.
+
+    sleeps : as in `Overlay`; halves : the units of `SECOND_HALF` in a module `skipopu_top_second`, see `hw.halves`
+    """
     overlay = Overlay(config=config, sleeps=sleeps)
     top = _Top(overlay)
     ports = {"clk": (top.clk, None), "rst": (top.rst, None), "irq": (overlay.irq, None)}
@@ -212,4 +219,5 @@ def overlay_verilog(config, *, flatten=True, sleeps=False):
     if sleeps:
         ports |= {name: (getattr(overlay, name), None) for name in _SLEEPING}
     ports |= {f"event_{name}": (getattr(overlay.events, name), None) for name in Happened.members}
-    return to_verilog(top, name="skipopu_top", ports=ports, flatten=flatten)
+    return to_verilog(top, name="skipopu_top", ports=ports, flatten=flatten, async_reset=sleeps,
+                      second=SECOND_HALF if halves else ())

@@ -10,11 +10,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from amaranth import ClockDomain
 from amaranth.back import rtlil
 
 from .emission import Emission
+from .halves import cut
 
 __all__ = ["YosysError", "run_yosys", "to_rtlil", "to_verilog"]
 
@@ -88,31 +91,55 @@ def run_yosys(commands, *, name="the design", log=None):
         raise YosysError(f"yosys failed on {name}: {reason.removeprefix('ERROR: ')}")
 
 
-def to_rtlil(component, *, name, ports=None, primitives=False):
+def to_rtlil(component, *, name, ports=None, primitives=False, async_reset=False):
     """RTLIL text of ``component`` with top module ``name``, the same on every run; parameters as in `to_verilog`."""
     emission = Emission(primitives=primitives)
+
+    def convert(component, name, **options):
+        return rtlil.convert(component, name=name, emit_src=False, platform=emission, **options,
+                             missing_domain=lambda domain: ClockDomain(domain, async_reset=async_reset))
+
     with _empty_memories(), _rare_collections():
-        texts, written = [rtlil.convert(component, name=name, ports=ports, emit_src=False, platform=emission)], set()
+        texts, written = [convert(component, name, ports=ports)], set()
         while missing := emission.modules.keys() - written:
             module = min(missing)
-            texts.append(rtlil.convert(emission.modules[module], name=module, emit_src=False, platform=emission))
+            texts.append(convert(emission.modules[module], module))
             written.add(module)
     return "\n".join(texts)
 
 
-def to_verilog(component, *, name, ports=None, flatten=True, primitives=False):
+def to_verilog(component, *, name, ports=None, flatten=True, primitives=False, async_reset=False,
+               second=()):
     """Verilog text of ``component`` with top module ``name``.
 
     ports : dict of port name to (value, direction) for renamed ports, or None for the component's own signature
     flatten : one module (fast simulation) instead of the hierarchy (readable)
     primitives : a device's own slices, for synthesis, instead of their behaviour
-    The text is the same on every run. Raises YosysError when a pass fails.
+    async_reset : of the domains that a component takes from where it is placed
+    second : paths of submodules that go to a module ``name``_second, see `hw.halves`; needs ``flatten``
+    The text is the same on every run. Raises YosysError when a pass fails, HalvesError when the design cannot be cut.
     """
     passes = _PASSES.format(top=name)
     if not flatten:
         passes = passes.replace("flatten; ", "") + "; opt_clean -purge"
+    text = to_rtlil(component, name=name, ports=ports, primitives=primitives, async_reset=async_reset)
+    write = "write_verilog -noattr -norename"
+    if not second:
+        return _collapse(_through_yosys(passes.split("; "), text, name=name, write=write))
+
+    def run(passes, text, write="write_rtlil"):
+        return _through_yosys(passes, text, name=name, write=write)
+
+    finish = [["opt_clean -purge"], ["opt_clean -purge", f"rename {name} {name}_second"]]
+    halves = cut(run(passes.split("; "), text), second, run)
+    with ThreadPoolExecutor() as pool:
+        return _collapse("".join(pool.map(lambda last, half: run(last, half, write), finish, halves)))
+
+
+def _through_yosys(passes, text, *, name, write):
+    """RTLIL ``text`` after ``passes``, as ``write`` (a command without its file) writes it."""
     with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder, "top.il"), Path(folder, "top.v")
-        source.write_text(to_rtlil(component, name=name, ports=ports, primitives=primitives))
-        run_yosys([f"read_rtlil {source}", *passes.split("; "), f"write_verilog -noattr -norename {target}"], name=name)
-        return _collapse(target.read_text())
+        source, target = Path(folder, "in.il"), Path(folder, "out")
+        source.write_text(text)
+        run_yosys([f"read_rtlil {source}", *passes, f"{write} {target}"], name=name)
+        return target.read_text()

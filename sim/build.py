@@ -25,8 +25,9 @@ __all__ = ["build_library", "cache_root", "sleepers"]
 
 _HERE = Path(__file__).parent
 _HARNESS = "harness.cpp"
-_HEADERS = ("axi_port.h", "memory_model.h", "hbm.h", "lz4.h")
-_VERILATOR_FLAGS = ("--cc", "--prefix", "Vtop", "-O3", "--x-assign", "fast", "--x-initial", "fast", "--no-timing",
+_HEADERS = ("awake.h", "axi_port.h", "second_half.h", "memory_model.h", "hbm.h", "lz4.h")
+_PREFIXES = ("Vtop", "Vsecond")  # classes of the top and, if it was cut (`hw.halves`), of its second half
+_VERILATOR_FLAGS = ("--cc", "-O3", "--x-assign", "fast", "--x-initial", "fast", "--no-timing",
                     "--no-assert", "--output-split", "20000", "--output-split-cfuncs", "1000", "-Wno-fatal",
                     "-Wno-lint", "-Wno-style", "--quiet")
 # The library exports only the harness's C functions; hidden, non-interposable symbols let the compiler inline across
@@ -50,7 +51,27 @@ def cache_root() -> Path:
 
 def sleepers(verilog: str) -> list[str]:
     """Parts of a top that have clocks of their own (`hw.top.Overlay`, ``sleeps``)."""
-    return re.findall(r"\n  input (\w+)_clock;", verilog)  # begins with what is fast to search for
+    first = verilog[:verilog.find("\nendmodule")]
+    return re.findall(r"\n  input (\w+)_clock;", first)  # begins with what is fast to search for
+
+
+def _modules(verilog: str, top: str) -> list[str]:
+    """The top, and its second half if it was cut."""
+    return [top, f"{top}_second"] if f"\nmodule {top}_second(" in verilog else [top]
+
+
+def _exchanged(verilog: str, top: str) -> str:
+    """C++ macros for the two halves' exchange: registers one reads of the other, clocks each needs of the sleepers'."""
+    halves = [verilog[(begin := verilog.index(f"module {module}(")):verilog.index("\nendmodule", begin)]
+              for module in _modules(verilog, top)]
+    parts, macros = sleepers(verilog), {}
+    for half, text in zip(("FIRST", "SECOND"), halves, strict=True):
+        macros[f"{half}_CLOCKS"] = [f"SLEEPER({part})" for part in parts if f"posedge {part}_clock" in text]
+        reads: dict[str, list[str]] = {"": [], **{f"_{part}": [] for part in parts}}
+        for port, clock in re.findall(r"\n  input (?:\[\d+:0\] )?(half[01]_(\w+)_\d+);", text):
+            reads.get(f"_{clock.removesuffix('_clock')}", reads[""]).append(f"F({port})")
+        macros |= {f"{half}_READS{part}": ports for part, ports in reads.items()}
+    return "".join(f"#define {name} {' '.join(items)}\n" for name, items in macros.items())
 
 
 def build_library(verilog: str, *, top: str, ports: int, port_bits: int, trace: bool = False,
@@ -69,6 +90,7 @@ def build_library(verilog: str, *, top: str, ports: int, port_bits: int, trace: 
     defines = (f"-DPORTS={ports}", f"-DPORT_BITS={port_bits}",
                "-DPORT_LIST=" + " ".join(f"PORT({port})" for port in range(ports)),
                *(["-DEVENTS"] if "event_dispatch" in verilog else []),
+               *(["-DHALVES"] if len(_modules(verilog, top)) > 1 else []),
                "-DSLEEPERS=" + " ".join(f"SLEEPER({part})" for part in sleepers(verilog)))
     sources = [(_HERE / name).read_text() for name in (harness, *_HEADERS)]
     key = _digest(verilog, top, *sources, *_VERILATOR_FLAGS, *flags, *_FAST_FLAGS, *_SLOW_FLAGS, str(_UNIT_BYTES),
@@ -148,15 +170,25 @@ def _build_design(folder: Path, tools: Toolchain, verilog: str, top: str, harnes
                   flags: tuple[str, ...], trace: bool, runtime: Path, say: Log) -> None:
     (folder / "top.v").write_text(verilog)
     say(f"translating {top} to C++")
-    tools.run([str(tools.verilator), *_VERILATOR_FLAGS, "--top-module", top, "--Mdir", ".",
-               *(["--trace-fst"] if trace else []), "top.v"], cwd=folder)
-    slow = sorted(folder.glob("Vtop*Slow.cpp"))
-    fast = sorted(set(folder.glob("Vtop*.cpp")) - set(slow))
-    for source in fast:
-        if source.name.startswith("Vtop___024root"):  # not the code that writes waveforms
-            source.write_text(_expect_idle(source.read_text()))
-    units = [(unit, (*flags, *_FAST_FLAGS)) for unit in _unite(folder, "fast", fast)]
-    units += [(unit, (*flags, *_SLOW_FLAGS)) for unit in _unite(folder, "slow", slow)]
+    modules = _modules(verilog, top)
+    if len(modules) > 1:
+        (folder / "exchanged.h").write_text(_exchanged(verilog, top))
+
+    def translate(module: str, prefix: str) -> None:
+        tools.run([str(tools.verilator), *_VERILATOR_FLAGS, "--prefix", prefix, "--top-module", module, "--Mdir", ".",
+                   *(["--trace-fst"] if trace else []), "top.v"], cwd=folder)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(translate, modules, _PREFIXES))
+    units = []
+    for prefix in _PREFIXES[:len(modules)]:
+        sources = set(folder.glob(f"{prefix}*.cpp"))
+        slow = {source for source in sources if source.stem.endswith("Slow")}
+        for source in sources - slow:
+            if "___024root" in source.name:  # not the code that writes waveforms
+                source.write_text(_expect_idle(source.read_text()))
+        for name, group, speed in (("fast", sources - slow, _FAST_FLAGS), ("slow", slow, _SLOW_FLAGS)):
+            units += [(unit, (*flags, *speed)) for unit in _unite(folder, f"{prefix}_{name}", sorted(group))]
     units.append((_HERE / harness, (*flags, *_FAST_FLAGS)))
     say(f"compiling {len(units)} units")
     _compile(folder, tools, units)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -17,21 +18,30 @@ from .native import CsrError, MemoryTiming, NativeSim, ProtocolError, StopReason
 
 __all__ = ["MEMORIES", "RtlDevice", "cached_verilog"]
 
+_WORTH_TWO = 512  #: products of the array from which a cycle takes so long that two threads gain more than they wait
 MEMORIES = {"ideal": MemoryTiming(), "hbm": MemoryTiming(hbm=HbmTiming())}
 
 
-def cached_verilog(config: OverlayConfig, log: Callable[[str], None] | None = None, *, sleeps: bool = False) -> str:
+def cached_verilog(config: OverlayConfig, log: Callable[[str], None] | None = None, *, sleeps: bool = False,
+                   halves: bool = False) -> str:
     """Verilog of the overlay at ``config``, from the cache while the hardware's sources and tools are the same.
 
-    log : called with one line when the Verilog has to be made; sleeps : as in `hw.top.Overlay`
+    log : called with one line when the Verilog has to be made; sleeps, halves : as in `hw.top.overlay_verilog`
     """
     def make() -> str:
         if log:
             log(f"elaborating the overlay at configuration {config.name}")
         from skipopu.hw.top import overlay_verilog
-        return overlay_verilog(config, sleeps=sleeps)
+        return overlay_verilog(config, sleeps=sleeps, halves=halves)
 
-    return cached_text("verilog", f"{config.name}-{hardware_digest(config)}{'-sleeps' * sleeps}.v", make)
+    kind = "-sleeps" * sleeps + "-halves" * halves
+    return cached_text("verilog", f"{config.name}-{hardware_digest(config)}{kind}.v", make)
+
+
+def _threads(config: OverlayConfig) -> int:
+    """How many threads simulate a configuration in the shortest time here."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 2 if config.lanes * config.columns >= _WORTH_TWO and processors > 1 else 1
 
 
 class RtlDevice(Device):
@@ -40,23 +50,30 @@ class RtlDevice(Device):
     sim : the simulation itself, for injected faults, waveforms and statistics of the memories
     timing : of every memory port; memory : in its place, "ideal" for the default timing or "hbm" for an HBM2
         pseudo-channel behind every port; trace : build with waveforms; log : called with the lines of a build
+    threads : processors to simulate on, 1 or 2, which give the same result in every cycle; default: 2 if there are two
+        and the configuration is large enough to gain by it, 1 for waveforms
     verilog : text to run instead of this configuration's own; memories : writable uint8 behind each port, of whole
         lines of the instruction cache (256 bytes), in place of empty ones of ``memory_bytes``
-    Raises DeviceError for another kind of memory.
+    Raises DeviceError for another kind of memory or number of threads.
     """
 
     def __init__(self, config: OverlayConfig, memory_bytes: int, *, timing: MemoryTiming | None = None,
                  memory: str = "ideal", trace: bool = False, log: Callable[[str], None] | None = None,
-                 verilog: str | None = None, memories: Sequence[np.ndarray] | None = None) -> None:
+                 threads: int | None = None, verilog: str | None = None,
+                 memories: Sequence[np.ndarray] | None = None) -> None:
         if memory not in MEMORIES:
             raise DeviceError(f"memory must be {' or '.join(MEMORIES)}, not {memory!r}")
+        if threads not in (None, 1, 2) or trace and threads == 2:
+            raise DeviceError(f"threads must be 1{' with waveforms' if trace else ' or 2'}, not {threads}")
         self.config = config
         unit = 256  # a line of the instruction cache: the last one is fetched whole
         self.memory_bytes = -(-memory_bytes // unit) * unit
         self.memories = ([np.zeros(self.memory_bytes, np.uint8) for _ in range(config.ports)] if memories is None
                          else list(memories))
-        self.sim = NativeSim(verilog or cached_verilog(config, log, sleeps=True), config.ports, config.port_bits,
-                             memories=self.memories, timing=timing or MEMORIES[memory], trace=trace, log=log)
+        halves = not trace and (threads or _threads(config)) == 2
+        self.sim = NativeSim(verilog or cached_verilog(config, log, sleeps=True, halves=halves), config.ports,
+                             config.port_bits, memories=self.memories, timing=timing or MEMORIES[memory], trace=trace,
+                             log=log)
         self.reset()
 
     def csr_read(self, offset: int) -> int:

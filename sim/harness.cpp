@@ -5,13 +5,20 @@
 // it an evaluation of all that depends on inputs.
 //
 // Set by build.py: PORTS, PORT_BITS, PORT_LIST = PORT(0) PORT(1) ..., TRACE in the build with waveforms, EVENTS for a
-// top that says what its units do (event_*), and SLEEPERS = SLEEPER(kvbuf) ... for parts that have clocks of their own.
+// top that says what its units do (event_*), SLEEPERS = SLEEPER(kvbuf) ... for parts that have clocks of their own, and
+// HALVES for a design in two halves, of which the top is the first (second_half.h).
 #include <memory>
 #include <stdexcept>
 
 #include "Vtop.h"
 #include "Vtop___024root.h"
+#include "awake.h"
 #include "axi_port.h"
+#ifdef HALVES
+#include "second_half.h"
+#else
+#define FIRST_CLOCKS SLEEPERS
+#endif
 #include "verilated.h"
 #ifdef TRACE
 #include "verilated_fst_c.h"
@@ -58,6 +65,10 @@ public:
         PORT_LIST
         fetch_ = std::make_unique<FetchPort>("mi", watch_, config[PORTS], READ(mi_axi_), WriteSignals{}, memories[0],
                                              sizes[0], bases[0]);
+#ifdef HALVES
+        top_->eval();  // initial values, which the other half reads
+        second_ = std::make_unique<SecondHalf>();
+#endif
         reset(2);
     }
     ~Simulation() {
@@ -73,9 +84,9 @@ public:
         for (auto& port : ports_) port->reset();
         fetch_->reset();
         resetting_ = true;
-        while (cycles--) clock();
+        while (cycles--) publish(), clock();
         top_->rst = 0;
-        clock();  // for a top whose reset is a register
+        publish(), clock();  // for a top whose reset is a register
         resetting_ = false;
     }
 
@@ -179,14 +190,29 @@ public:
 
 private:
     void cycle() {
+        publish();
         for (auto& port : ports_) port->tick(watch_.cycle);
         fetch_->tick(watch_.cycle);
         clock();
     }
 
+    // To the second half: it can make this cycle's edge.
+    void publish() {
+#ifdef HALVES
+        second_->publish(*top_, resetting_ | sleepless_);
+#endif
+    }
+
     void clock() {
+        Awake awake;
+#define SLEEPER(part) awake.part = top_->part##_awake | resetting_ | sleepless_;
+        SLEEPERS
+#undef SLEEPER
+#ifdef HALVES
+        second_->take(*top_, awake);
+#endif
         top_->clk = 1;
-#define SLEEPER(part) clocks_.part += top_->part##_clock = top_->part##_awake | resetting_ | sleepless_;
+#define SLEEPER(part) clocks_.part += top_->part##_clock = awake.part != 0;
         SLEEPERS
 #undef SLEEPER
         top_->eval();
@@ -203,7 +229,7 @@ private:
 #else
 #define SLEEPER(part) top_->rootp->__Vtrigprevexpr___TOP__##part##_clock__0 = 0;
         top_->rootp->__Vtrigprevexpr___TOP__clk__0 = 0;
-        SLEEPERS
+        FIRST_CLOCKS
 #undef SLEEPER
 #endif
 #ifdef EVENTS
@@ -249,6 +275,9 @@ private:
     uint64_t beats_[PORTS] = {};
     VerilatedContext context_;
     std::unique_ptr<Vtop> top_;
+#ifdef HALVES
+    std::unique_ptr<SecondHalf> second_;
+#endif
     Watch watch_;
     std::unique_ptr<DataPort> ports_[PORTS];
     std::unique_ptr<FetchPort> fetch_;

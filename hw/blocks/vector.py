@@ -95,8 +95,8 @@ class VectorUnit(wiring.Component):
     waiting : the running instruction waits for the stream; saturated : results of the array at the largest FP32
         number, and FP16 results clamped, in this cycle
     debug_row, debug_data : ABUF row for inspection while idle, one cycle later
-    stirs : something may change at the next edge but for `kvout_data`: not while an instruction waits for the stream
-        and nothing is under way (combinational)
+    stirs : something may change at the next edge but for what `load` writes and `kvout_data`: not while an instruction
+        waits for the stream and nothing is under way (combinational)
     """
 
     def __init__(self, *, config):
@@ -209,7 +209,7 @@ class VectorUnit(wiring.Component):
         under_way = Cat(valid[1:], tail_busy).any()
         idle = ~issuing & ~under_way
         m.d.comb += self.stirs.eq(
-            ~running | issue | begin | idle | under_way | scalar_busy | self.load.valid | self.logits.valid)
+            ~running | issue | begin | idle | under_way | scalar_busy | self.logits.valid)
         accept = self.cmd.valid & ~running
         fresh_argmax = Signal()
         m.d.comb += [self.cmd.ready.eq(accept & ~scalar_busy), start.eq(self.cmd.ready & self.cmd.valid)]
