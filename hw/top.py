@@ -205,10 +205,11 @@ class _Top(wiring.Component):
         return m
 
 
-def overlay_verilog(config, *, flatten=True, sleeps=False, halves=False):
+def overlay_verilog(config, *, flatten=True, sleeps=False, halves=False, sunk=False):
     """Verilog of the overlay, top module `skipopu_top`.
 
-    sleeps : as in `Overlay`; halves : the units of `SECOND_HALF` in a module `skipopu_top_second`, see `hw.halves`
+    sleeps : as in `Overlay`; halves : the units of `SECOND_HALF` in a module `skipopu_top_second`, see `hw.halves`;
+    sunk : see `hw.sink`
     """
     overlay = Overlay(config=config, sleeps=sleeps)
     top = _Top(overlay)
@@ -220,4 +221,4 @@ def overlay_verilog(config, *, flatten=True, sleeps=False, halves=False):
         ports |= {name: (getattr(overlay, name), None) for name in _SLEEPING}
     ports |= {f"event_{name}": (getattr(overlay.events, name), None) for name in Happened.members}
     return to_verilog(top, name="skipopu_top", ports=ports, flatten=flatten, async_reset=sleeps,
-                      second=SECOND_HALF if halves else ())
+                      second=SECOND_HALF if halves else (), sunk=sunk)

@@ -18,6 +18,7 @@ from amaranth.back import rtlil
 
 from .emission import Emission
 from .halves import cut
+from .sink import sink
 
 __all__ = ["YosysError", "run_yosys", "to_rtlil", "to_verilog"]
 
@@ -109,14 +110,15 @@ def to_rtlil(component, *, name, ports=None, primitives=False, async_reset=False
 
 
 def to_verilog(component, *, name, ports=None, flatten=True, primitives=False, async_reset=False,
-               second=()):
+               second=(), sunk=False):
     """Verilog text of ``component`` with top module ``name``.
 
     ports : dict of port name to (value, direction) for renamed ports, or None for the component's own signature
     flatten : one module (fast simulation) instead of the hierarchy (readable)
     primitives : a device's own slices, for synthesis, instead of their behaviour
     async_reset : of the domains that a component takes from where it is placed
-    second : paths of submodules that go to a module ``name``_second, see `hw.halves`; needs ``flatten``
+    second : beginnings of the names of what goes to a module ``name``_second, see `hw.halves`; needs ``flatten``
+    sunk : for fast simulation, without all names, see `hw.sink`; needs ``flatten``
     The text is the same on every run. Raises YosysError when a pass fails, HalvesError when the design cannot be cut.
     """
     passes = _PASSES.format(top=name)
@@ -124,16 +126,18 @@ def to_verilog(component, *, name, ports=None, flatten=True, primitives=False, a
         passes = passes.replace("flatten; ", "") + "; opt_clean -purge"
     text = to_rtlil(component, name=name, ports=ports, primitives=primitives, async_reset=async_reset)
     write = "write_verilog -noattr -norename"
-    if not second:
-        return _collapse(_through_yosys(passes.split("; "), text, name=name, write=write))
 
     def run(passes, text, write="write_rtlil"):
         return _through_yosys(passes, text, name=name, write=write)
 
-    finish = [["opt_clean -purge"], ["opt_clean -purge", f"rename {name} {name}_second"]]
-    halves = cut(run(passes.split("; "), text), second, run)
-    with ThreadPoolExecutor() as pool:
-        return _collapse("".join(pool.map(lambda last, half: run(last, half, write), finish, halves)))
+    if second:
+        finish = [["opt_clean -purge"], ["opt_clean -purge", f"rename {name} {name}_second"]]
+        halves = cut(run(passes.split("; "), text), second, run)
+        with ThreadPoolExecutor() as pool:
+            verilog = "".join(pool.map(lambda last, half: run(last, half, write), finish, halves))
+    else:
+        verilog = run(passes.split("; "), text, write)
+    return sink(_collapse(verilog)) if sunk else _collapse(verilog)
 
 
 def _through_yosys(passes, text, *, name, write):

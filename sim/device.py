@@ -23,18 +23,18 @@ MEMORIES = {"ideal": MemoryTiming(), "hbm": MemoryTiming(hbm=HbmTiming())}
 
 
 def cached_verilog(config: OverlayConfig, log: Callable[[str], None] | None = None, *, sleeps: bool = False,
-                   halves: bool = False) -> str:
+                   halves: bool = False, sunk: bool = False) -> str:
     """Verilog of the overlay at ``config``, from the cache while the hardware's sources and tools are the same.
 
-    log : called with one line when the Verilog has to be made; sleeps, halves : as in `hw.top.overlay_verilog`
+    log : called with one line when the Verilog has to be made; sleeps, halves, sunk : as in `hw.top.overlay_verilog`
     """
     def make() -> str:
         if log:
             log(f"elaborating the overlay at configuration {config.name}")
         from skipopu.hw.top import overlay_verilog
-        return overlay_verilog(config, sleeps=sleeps, halves=halves)
+        return overlay_verilog(config, sleeps=sleeps, halves=halves, sunk=sunk)
 
-    kind = "-sleeps" * sleeps + "-halves" * halves
+    kind = "-sleeps" * sleeps + "-halves" * halves + "-sunk" * sunk
     return cached_text("verilog", f"{config.name}-{hardware_digest(config)}{kind}.v", make)
 
 
@@ -71,9 +71,9 @@ class RtlDevice(Device):
         self.memories = ([np.zeros(self.memory_bytes, np.uint8) for _ in range(config.ports)] if memories is None
                          else list(memories))
         halves = not trace and (threads or _threads(config)) == 2
-        self.sim = NativeSim(verilog or cached_verilog(config, log, sleeps=True, halves=halves), config.ports,
-                             config.port_bits, memories=self.memories, timing=timing or MEMORIES[memory], trace=trace,
-                             log=log)
+        text = verilog or cached_verilog(config, log, sleeps=True, halves=halves, sunk=not trace)
+        self.sim = NativeSim(text, config.ports, config.port_bits, memories=self.memories,
+                             timing=timing or MEMORIES[memory], trace=trace, log=log)
         self.reset()
 
     def csr_read(self, offset: int) -> int:

@@ -1,4 +1,4 @@
-"""The design cut in two and simulated by two threads: the same machine, cycle for cycle."""
+"""The design as it is simulated, by one thread and by two: the same machine, cycle for cycle."""
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from skipopu.host.plan import KvSizes
 from skipopu.host.routes import RandomRoutes
 from skipopu.host.runtime import Accelerator
 from skipopu.hw.config import preset
+from skipopu.sim.device import cached_verilog
 
 CONFIG = preset("tiny")
 
@@ -30,12 +31,13 @@ def run(compiled, case, **options):
 
 
 @pytest.mark.parametrize("memory, kv_format", [("ideal", "fp16"), ("hbm", "8")])
-def test_two_threads_change_nothing(memory, kv_format):
+def test_forms_for_simulation_change_nothing(memory, kv_format):
     case = routed_case(f"random, {('dense', 'reuse')[kv_format == '8']}", CONFIG)
     compiled = compile_model(case.model, CONFIG, case.model.config.context, case.routers,
                              kv=KvSizes(format=kv_format, buffer=None))
-    one, two = (run(compiled, case, memory=memory, threads=threads) for threads in (1, 2))
-    np.testing.assert_equal(two, one)
+    plain = run(compiled, case, memory=memory, verilog=cached_verilog(CONFIG, sleeps=True))
+    for threads in (1, 2):
+        np.testing.assert_equal(run(compiled, case, memory=memory, threads=threads), plain)
 
 
 def test_a_reset_in_the_midst_of_a_program():
