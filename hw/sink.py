@@ -20,6 +20,8 @@ _EDGE = re.compile(r"  always @\(posedge .*\)$")
 _LOADS = re.compile(rf"    (if \((!?{_SIGNAL})\) )?({_SIGNAL}) ?<= (.*);$")
 _RESET = re.compile(rf"    (if \({_SIGNAL}\)) ({_SIGNAL}) ?<= (.*);$")
 _ELSE = re.compile(rf"    else (if \((!?{_SIGNAL})\) )?({_SIGNAL}) ?<= (.*);$")
+_LOWER = re.compile(r"\S+ ?\[(\d+):0\]")
+_USE = re.compile(r"(\\\S+|[A-Za-z_][\w$]*) ?(?:\[(\d+))?")
 _PLAIN = re.compile(rf"~? ?{_SIGNAL} *")
 _WIDTH = re.compile(r"\[(\d+)")
 _WIDEST = 64  # bits of a variable that a simulator keeps in a register
@@ -53,6 +55,7 @@ class _Module:
         self.drivers = {}
         for index, (_, name, _, _) in enumerate(self.assigns):
             self.drivers.setdefault(name, []).append(index)
+        self._narrow()
         self._find_uses()
 
     def _parse(self):
@@ -78,6 +81,26 @@ class _Module:
                 other.append(line)
             at += 1
         self.other = other
+
+    def _narrow(self):
+        """Leave out upper bits that nothing drives or takes, which wreduce leaves: now one assignment drives all."""
+        half_driven = {}
+        for name, (index, *more) in self.drivers.items():
+            if not more and (found := _LOWER.fullmatch(self.assigns[index][2])) and name in self.wires:
+                half_driven[name] = int(found[1])
+        for line in self.lines:
+            if not line.startswith("  wire "):
+                for name, top in _USE.findall(line):
+                    if name in half_driven and (not top or int(top) > half_driven[name]):
+                        del half_driven[name]
+        for name, top in half_driven.items():
+            at, _ = self.wires[name]
+            self.wires[name] = at, f"[{top}:0] "
+            self.lines[at] = f"  wire [{top}:0] {name} ;"
+            index, = self.drivers[name]
+            at, _, _, value = self.assigns[index]
+            self.assigns[index] = at, name, f"{name} ", value
+            self.lines[at] = f"  assign {name}  = {value};"
 
     def _find_uses(self):
         for line in self.other:  # ports and what this does not know, too

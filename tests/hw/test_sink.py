@@ -77,6 +77,14 @@ def test_wide_values_stay():
     assert "endtask" in sink(TEXT.replace("wire [7:0] sum", "wire [63:0] sum"))
 
 
+def test_upper_bits_that_nothing_drives_are_left_out():
+    text = TEXT.replace("wire [7:0] once", "wire [9:0] once").replace("assign once ", "assign once[7:0] ")
+    found = sink(text.replace("<= once +", "<= once[7:0] +"))
+    assert "  wire [7:0] once ;\n" in found and "  assign once  = a | b;\n" in found
+    assert "  assign once[7:0] = a | b;\n" in sink(text)  # all of it is taken
+    assert "  assign once[7:0] = a | b;\n" in sink(text.replace("<= once +", "<= once[8] +"))
+
+
 class Mixed(wiring.Component):
     """Registers with and without enable and reset, that take shared, chained and partly driven values."""
 
