@@ -182,7 +182,7 @@ class _Top(wiring.Component):
     """The overlay with its clock and reset as ports.
 
     In a simulation that sleeps the reset comes a cycle later, from a register: a simulator evaluates what depends on
-    inputs twice, and nearly every register depends on the reset.
+    inputs twice, and nearly every register depends on the reset. It is asynchronous, so that no logic depends on it.
     """
 
     def __init__(self, overlay):

@@ -29,8 +29,8 @@ def wire(m, value, name):
     """A signal that carries ``value``, for values with several uses.
 
     Amaranth writes an expression out again at each use, which grows exponentially in a chain. Verilator, on the other
-    hand, evaluates a signal with several uses in every cycle, an expression in front of a register only when it is
-    enabled: a last step with two or three uses is better left an expression.
+    hand, evaluates a signal with several uses in every cycle, unless `hw.sink` moves it to the registers that take it,
+    which must be of one enable: otherwise a last step with two or three uses is better left an expression.
     """
     signal = Signal(Value.cast(value).shape(), name=name)
     m.d.comb += signal.eq(value)
