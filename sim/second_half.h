@@ -31,19 +31,21 @@ namespace skipopu {
 class alignas(64) Turn {
 public:
     void next() {
-        count_.store(count_.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+        // In one order with the look for sleepers in notify_one: a later store would be missed by one that falls asleep.
+        count_.store(count_.load(std::memory_order_relaxed) + 1, std::memory_order_seq_cst);
         count_.notify_one();
     }
     void reach(uint64_t least) const {
-        for (unsigned spin = 0; spin < kSpins; ++spin) {
+        for (unsigned look = 0; look < kLooks; ++look) {
             if (count_.load(std::memory_order_acquire) >= least) return;
-            if (spin > 20000) pause();
+            if (look > kEager) pause();
         }
         for (uint64_t now; (now = count_.load(std::memory_order_acquire)) < least;) count_.wait(now);
     }
 
 private:
-    static constexpr unsigned kSpins = 30000;
+    // A virtual machine may take a processor away that pauses often: most waits end before the first one.
+    static constexpr unsigned kEager = 20000, kLooks = 30000;
     static void pause() {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
