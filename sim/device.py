@@ -18,7 +18,8 @@ from .native import CsrError, MemoryTiming, NativeSim, ProtocolError, StopReason
 
 __all__ = ["MEMORIES", "RtlDevice", "cached_verilog"]
 
-_WORTH_TWO = 512  #: products of the array from which a cycle takes so long that two threads gain more than they wait
+#: Products of the array for which two threads are used unasked: `sim` and `sim16` gain, others were not measured.
+_TWO_THREADS = range(512, 4096)
 MEMORIES = {"ideal": MemoryTiming(), "hbm": MemoryTiming(hbm=HbmTiming())}
 
 
@@ -41,7 +42,7 @@ def cached_verilog(config: OverlayConfig, log: Callable[[str], None] | None = No
 def _threads(config: OverlayConfig) -> int:
     """How many threads simulate a configuration in the shortest time here."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 2 if config.lanes * config.columns >= _WORTH_TWO and processors > 1 else 1
+    return 2 if config.lanes * config.columns in _TWO_THREADS and processors > 1 else 1
 
 
 class RtlDevice(Device):
@@ -51,7 +52,7 @@ class RtlDevice(Device):
     timing : of every memory port; memory : in its place, "ideal" for the default timing or "hbm" for an HBM2
         pseudo-channel behind every port; trace : build with waveforms; log : called with the lines of a build
     threads : processors to simulate on, 1 or 2, which give the same result in every cycle; default: 2 if there are two
-        and the configuration is large enough to gain by it, 1 for waveforms
+        and the configuration is of a size that gains by it, 1 for waveforms
     verilog : text to run instead of this configuration's own; memories : writable uint8 behind each port, of whole
         lines of the instruction cache (256 bytes), in place of empty ones of ``memory_bytes``
     Raises DeviceError for another kind of memory or number of threads.
