@@ -27,7 +27,7 @@ _FLIP_FLOPS = ("$dff", "$dffe", "$sdff", "$sdffe", "$sdffce", "$adff", "$adffe")
 
 
 class HalvesError(RuntimeError):
-    """An output depends on registers of both halves; the message names it."""
+    """An output, or a memory read without a clock, needs registers of both halves; the message names it."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ from .cache import cached_text, hardware_digest
 from .hbm import HbmTiming
 from .native import CsrError, MemoryTiming, NativeSim, ProtocolError, StopReason
 
-__all__ = ["MEMORIES", "RtlDevice", "cached_verilog"]
+__all__ = ["MEMORIES", "RtlDevice", "cached_verilog", "default_threads"]
 
 #: Products of the array for which two threads are used unasked: `sim` and `sim16` gain, others were not measured.
 _TWO_THREADS = range(512, 4096)
@@ -39,7 +39,7 @@ def cached_verilog(config: OverlayConfig, log: Callable[[str], None] | None = No
     return cached_text("verilog", f"{config.name}-{hardware_digest(config)}{kind}.v", make)
 
 
-def _threads(config: OverlayConfig) -> int:
+def default_threads(config: OverlayConfig) -> int:
     """How many threads simulate a configuration in the shortest time here."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 2 if config.lanes * config.columns in _TWO_THREADS and processors > 1 else 1
@@ -71,7 +71,7 @@ class RtlDevice(Device):
         self.memory_bytes = -(-memory_bytes // unit) * unit
         self.memories = ([np.zeros(self.memory_bytes, np.uint8) for _ in range(config.ports)] if memories is None
                          else list(memories))
-        halves = not trace and (threads or _threads(config)) == 2
+        halves = not trace and (threads or default_threads(config)) == 2
         text = verilog or cached_verilog(config, log, sleeps=True, halves=halves, sunk=not trace)
         self.sim = NativeSim(text, config.ports, config.port_bits, memories=self.memories,
                              timing=timing or MEMORIES[memory], trace=trace, log=log)

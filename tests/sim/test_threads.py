@@ -10,7 +10,7 @@ from skipopu.host.plan import KvSizes
 from skipopu.host.routes import RandomRoutes
 from skipopu.host.runtime import Accelerator
 from skipopu.hw.config import preset
-from skipopu.sim.device import cached_verilog
+from skipopu.sim.device import cached_verilog, default_threads
 
 CONFIG = preset("tiny")
 
@@ -54,6 +54,12 @@ def test_a_reset_in_the_midst_of_a_program():
             device.reset()
     for found in logits[1:]:
         np.testing.assert_array_equal(found, logits[0])
+
+
+def test_who_gets_two_threads_unasked(monkeypatch):
+    for processors, expected in (({0, 1}, {"tiny": 1, "sim": 2, "sim16": 2, "u280": 1}), ({0}, {"sim": 1, "sim16": 1})):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, found=processors: found, raising=False)
+        assert {name: default_threads(preset(name)) for name in expected} == expected
 
 
 def test_numbers_of_threads_that_there_are_not():
